@@ -1,0 +1,22 @@
+"""The tasks. `import envs` registers them, so that gym.make and gym.make_vec know them; no algorithm code lives here.
+
+Our own tasks are written once, as a batch (envs/batch.py): make_vec gives the batch, make a batch of one.
+POPGym's and Memory Gym's ids keep their own names; MiniGrid registers itself.
+"""
+import os
+
+os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+
+import gymnasium as gym  # noqa: E402
+import popgym  # noqa: E402, F401  (registers popgym-*)
+
+from envs import memory_gym  # noqa: E402
+
+for env_id, module, name in [
+    ("PocMemory-v0", "poc_memory", "PocMemory"),
+    ("CartPoleMasked-v0", "cartpole_masked", "CartPoleMasked"),
+    ("MinigridMemory-v0", "minigrid_memory", "MinigridMemory"),
+]:
+    gym.register(env_id, f"envs.{module}:{name}", vector_entry_point=f"envs.{module}:{name}Batch")
+
+memory_gym.register()

@@ -1,0 +1,103 @@
+"""One way to write a task: as a batch of N environments in numpy. The single environment is the batch of one."""
+import json
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import AutoresetMode
+from gymnasium.vector.utils import batch_space
+
+
+class BatchEnv(gym.vector.VectorEnv):
+    """N environments that step together.
+
+    A task sets its two single spaces and its arrays in __init__ and defines three methods:
+
+        begin(rows)     draw new episodes for these rows (integer array), from self.np_random only
+        move(actions)   advance every row; returns reward [N] float, terminated, truncated, success [N] bool
+        observe()       the observations, a new array [N, ...]
+
+    `success` is reported in the info of an episode's last step. Episodes end as AutoresetMode.SAME_STEP says (the last
+    observation and info of the old episode are in infos["final_obs"] and infos["final_info"]), or, with DISABLED, wait
+    for reset(options={"reset_mask": mask}).
+
+    One generator serves the whole batch: reset(seed=s) repeats all N streams of episodes, but row i of a batch of N is
+    not the single environment of seed s + i.
+    """
+
+    metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
+
+    def __init__(self, observation_space, action_space, num_envs=1, render_mode=None, autoreset_mode="SameStep"):
+        mode = AutoresetMode(autoreset_mode)
+        if mode == AutoresetMode.NEXT_STEP:
+            # PITFALL: NEXT_STEP, Gymnasium's default, puts a phantom transition (action ignored, reward 0) between two
+            #   episodes. Symptom: one step more per episode than the task has, and a learner that fits it.
+            #   Test: test_envs.py::test_no_phantom_transition.
+            raise ValueError("autoreset_mode must be SameStep or Disabled")
+        self.metadata = {"autoreset_mode": mode}
+        self.num_envs, self.render_mode = num_envs, render_mode
+        self.single_observation_space, self.single_action_space = observation_space, action_space
+        self.observation_space = batch_space(observation_space, num_envs)
+        self.action_space = batch_space(action_space, num_envs)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        rows = np.ones(self.num_envs, bool) if options is None else options.get("reset_mask", np.ones(self.num_envs, bool))
+        self.begin(np.flatnonzero(rows))
+        return self.observe(), {}
+
+    def step(self, actions):
+        reward, terminated, truncated, success = self.move(np.asarray(actions))
+        obs, infos, done = self.observe(), {}, terminated | truncated
+        if done.any():
+            infos = {"success": success, "_success": done}
+            if self.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP:
+                final_obs = np.full(self.num_envs, None, dtype=object)
+                for i in np.flatnonzero(done):
+                    final_obs[i] = obs[i]
+                infos = {"final_obs": final_obs, "_final_obs": done, "final_info": infos, "_final_info": done}
+                self.begin(np.flatnonzero(done))
+                obs = self.observe()
+        return obs, reward, terminated, truncated, infos
+
+    def render(self):
+        """A tuple of N frames: text for "ansi", [H, W, 3] uint8 for "rgb_array"."""
+        draw = {"ansi": self.text, "rgb_array": self.picture}[self.render_mode]
+        return tuple(draw(i) for i in range(self.num_envs))
+
+    def state_dict(self):
+        """Where every episode stands, and the random generator: what a resume needs. Values are arrays or strings."""
+        arrays = {k: v.copy() for k, v in vars(self).items() if isinstance(v, np.ndarray)}
+        return arrays | {"np_random": json.dumps(self.np_random.bit_generator.state)}
+
+    def load_state_dict(self, state):
+        for name, value in state.items():
+            if name == "np_random":
+                self.np_random.bit_generator.state = json.loads(value)
+            else:
+                getattr(self, name)[...] = value
+
+
+class SingleEnv(gym.Env):
+    """The batch of one as a plain gymnasium.Env. A task names its batch: `class Task(SingleEnv): batch_class = TaskBatch`."""
+
+    metadata = {"render_modes": ["ansi", "rgb_array"], "render_fps": 4}
+    batch_class = None
+
+    def __init__(self, render_mode=None, **kwargs):
+        self.batch = self.batch_class(num_envs=1, render_mode=render_mode, autoreset_mode="Disabled", **kwargs)
+        self.render_mode = render_mode
+        self.observation_space, self.action_space = self.batch.single_observation_space, self.batch.single_action_space
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.batch.np_random = self.np_random
+        obs, info = self.batch.reset()
+        return obs[0], info
+
+    def step(self, action):
+        obs, reward, terminated, truncated, infos = self.batch.step([action])
+        info = {"success": bool(infos["success"][0])} if infos else {}
+        return obs[0], float(reward[0]), bool(terminated[0]), bool(truncated[0]), info
+
+    def render(self):
+        return self.batch.render()[0]

@@ -1,0 +1,67 @@
+"""Memory Gym's ids under their own names: SDL without window or sound, observations that are copies, clear errors.
+
+https://github.com/MarcoMeter/endless-memory-gym. It is imported when one of its tasks is made, not before.
+"""
+import importlib
+import os
+
+import gymnasium as gym
+
+TASKS = {
+    "SearingSpotlights-v0": "searing_spotlights:SearingSpotlightsEnv",
+    "Endless-SearingSpotlights-v0": "endless_searing_spotlights:EndlessSearingSpotlightsEnv",
+    "MortarMayhem-v0": "mortar_mayhem:MortarMayhemEnv",
+    "Endless-MortarMayhem-v0": "endless_mortar_mayhem:EndlessMortarMayhemEnv",
+    "MortarMayhem-Grid-v0": "mortar_mayhem_grid:GridMortarMayhemEnv",
+    "MortarMayhemB-v0": "mortar_mayhem_b:MortarMayhemTaskBEnv",
+    "MortarMayhemB-Grid-v0": "mortar_mayhem_b_grid:GridMortarMayhemTaskBEnv",
+    "MysteryPath-v0": "mystery_path:MysteryPathEnv",
+    "Endless-MysteryPath-v0": "endless_mystery_path:EndlessMysteryPathEnv",
+    "MysteryPath-Grid-v0": "mystery_path_grid:GridMysteryPathEnv",
+}
+
+
+def register():
+    unregister()
+    for env_id in TASKS:
+        gym.register(env_id, "envs.memory_gym:make", kwargs={"task": env_id}, disable_env_checker=True)
+
+
+def unregister():
+    for env_id in TASKS:
+        gym.registry.pop(env_id, None)
+
+
+def make(task, render_mode=None):
+    os.environ["SDL_AUDIODRIVER"] = "dummy"     # else ALSA floods stderr where there is no sound card
+    if render_mode != "human":
+        os.environ["SDL_VIDEODRIVER"] = "dummy"
+    module, name = TASKS[task].split(":")
+    unregister()                                # importing memory_gym registers its bare classes under the same names
+    try:
+        env_class = getattr(importlib.import_module(f"memory_gym.{module}"), name)
+    except ModuleNotFoundError as e:
+        raise gym.error.DependencyNotInstalled(
+            f"{task} needs Memory Gym: pip install --no-deps memory-gym==1.0.2") from e
+    finally:
+        register()
+    return MemoryGym(env_class(render_mode=render_mode))
+
+
+class MemoryGym(gym.Wrapper):
+    """Copies observations (MortarMayhemB returns the same arrays again and again) and turns assertions into errors."""
+
+    def reset(self, *, seed=None, options=None):
+        try:
+            obs, info = self.env.reset(seed=seed, options=options)
+        except AssertionError as e:             # a misspelt or impossible reset option
+            raise ValueError(str(e) or f"impossible reset options {options}") from e
+        return self.copy(obs), info
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        return self.copy(obs), float(reward), terminated, truncated, info
+
+    @staticmethod
+    def copy(obs):
+        return {k: v.copy() for k, v in obs.items()} if isinstance(obs, dict) else obs.copy()

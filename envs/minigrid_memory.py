@@ -1,0 +1,126 @@
+"""MinigridMemory-v0: MiniGrid's Memory task as recurrent-ppo uses it (view 3x3, three actions), at table-lookup speed.
+
+The agent starts in a corridor, must look into the room on the left, remember the object there (key or ball) and at the
+junction on the right turn to the same object. Reward 1 - 0.9 * t / max_steps at the right object, else 0; without
+memory: success 1/2. Actions: 0 turn left, 1 turn right, 2 forward. Observation: RGB uint8 [3 * 28, 3 * 28, 3], or, with
+`rgb=False`, MiniGrid's symbols uint8 [3, 3, 3] (object, colour, state of every cell in view).
+
+MiniGrid's own engine is asked once for every state of the task (a few hundred: layout x position x direction), what
+follows after each action and what the agent sees there; stepping then looks that up for all environments at once.
+"""
+import functools
+from types import SimpleNamespace
+
+import gymnasium as gym
+import numpy as np
+from minigrid.envs import MemoryEnv
+
+from envs.batch import BatchEnv, SingleEnv
+
+SUCCESS, FAILURE = 1, 2                                       # outcome of a step; 0 goes on
+
+
+@functools.cache
+def enumerate_states(size, view_size, tile_size, random_length, rgb):
+    """Every reachable state of MiniGrid's MemoryEnv, as tables. K layouts, S states, O different observations.
+
+    worlds      K MemoryEnv objects, one a layout (hallway length x object in the room x objects at the junction)
+    begins      K arrays: the states in which an episode of this layout may begin
+    where       [S, 4] layout, x, y, direction
+    next_state  [S, 3] and outcome [S, 3]: what an action does
+    seen        [S] which observation a state shows, and views [O, ...] uint8, the observations
+    """
+    worlds = {}
+    num_layouts = 4 * (size - 6 if random_length else 1)
+    for seed in range(10_000):                                # the engine draws the layout: ask until all were seen
+        world = MemoryEnv(size=size, random_length=random_length, agent_view_size=view_size)
+        world.reset(seed=seed)
+        worlds.setdefault(world.grid.encode().tobytes(), world)
+        if len(worlds) == num_layouts:
+            break
+    worlds = list(worlds.values())
+
+    where, index, views, view_index = [], {}, [], {}
+    next_state, outcome, seen = [], [], []
+
+    def number(layout):                                       # the number of the state that `layout` is in now
+        world = worlds[layout]
+        state = (layout, *(int(c) for c in world.agent_pos), int(world.agent_dir))
+        if state not in index:
+            index[state] = len(where)
+            where.append(state)
+            view = world.get_frame(tile_size=tile_size, agent_pov=True) if rgb else world.gen_obs()["image"]
+            seen.append(view_index.setdefault(view.tobytes(), len(views)))
+            if seen[-1] == len(views):
+                views.append(view)
+        return index[state]
+
+    def go_to(state):
+        layout, x, y, direction = where[state]
+        worlds[layout].agent_pos, worlds[layout].agent_dir, worlds[layout].step_count = (x, y), direction, 0
+        return layout
+
+    begins = []
+    for layout, world in enumerate(worlds):
+        hallway_end = world.success_pos[0] - 1
+        begins.append([])
+        for x in range(1, hallway_end + 1):
+            world.agent_pos, world.agent_dir = (x, size // 2), 0
+            begins[layout].append(number(layout))
+    while len(next_state) < len(where):                       # breadth first: `where` grows while we walk along it
+        now, follows, ends = len(next_state), [], []
+        for action in range(3):
+            world = worlds[go_to(now)]
+            _, _, terminated, _, _ = world.step(action)
+            at_goal = tuple(world.agent_pos) == world.success_pos
+            follows.append(number(where[now][0]))
+            ends.append(0 if not terminated else SUCCESS if at_goal else FAILURE)
+        next_state.append(follows)
+        outcome.append(ends)
+    tables = (np.array(x) for x in (where, next_state, outcome, seen, np.stack(views)))
+    return SimpleNamespace(worlds=worlds, begins=[np.array(b) for b in begins],
+                           **dict(zip(("where", "next_state", "outcome", "seen", "views"), tables)))
+
+
+class MinigridMemoryBatch(BatchEnv):
+    def __init__(self, num_envs=1, size=9, view_size=3, tile_size=28, rgb=True, random_length=False,
+                 max_episode_steps=None, **kwargs):
+        self.tables = enumerate_states(size, view_size, tile_size, random_length, rgb)
+        high = 255 if rgb else 10                             # MiniGrid's largest symbol is 10
+        observation_space = gym.spaces.Box(0, high, self.tables.views.shape[1:], np.uint8)
+        super().__init__(observation_space, gym.spaces.Discrete(3), num_envs, **kwargs)
+        self.max_episode_steps = max_episode_steps or 5 * size**2
+        self.t, self.state = np.zeros(num_envs, int), np.zeros(num_envs, int)              # [N] each
+
+    def begin(self, rows):
+        self.t[rows] = 0
+        for i, layout in zip(rows, self.np_random.integers(len(self.tables.begins), size=len(rows))):
+            self.state[i] = self.np_random.choice(self.tables.begins[layout])
+
+    def move(self, actions):
+        at = self.state, actions
+        outcome = self.tables.outcome[at]                     # [N]
+        self.state = self.tables.next_state[at]
+        self.t += 1
+        success = outcome == SUCCESS
+        reward = np.where(success, 1 - 0.9 * self.t / self.max_episode_steps, 0.0)
+        return reward, outcome > 0, self.t >= self.max_episode_steps, success
+
+    def observe(self):
+        return self.tables.views[self.tables.seen[self.state]]                             # [N, ...] uint8
+
+    def world(self, i):
+        layout, x, y, direction = self.tables.where[self.state[i]]
+        world = self.tables.worlds[layout]
+        world.agent_pos, world.agent_dir = (x, y), direction
+        return world
+
+    def text(self, i):
+        return self.world(i).pprint_grid()
+
+    def picture(self, i):
+        return self.world(i).get_frame(tile_size=32)
+
+
+class MinigridMemory(SingleEnv):
+    batch_class = MinigridMemoryBatch

@@ -1,0 +1,596 @@
+"""Recurrent PPO with segment-based batching (SBB): truncated backpropagation through time, stored states, padding masked.
+
+    python ppo_recurrent_sbb.py                                           trains PocMemory-v0 in seconds
+    python ppo_recurrent_sbb.py --env-id CartPoleMasked-v0 --memory lstm --seq-len 8
+    python ppo_recurrent_sbb.py --model runs/.../model.safetensors        watches the trained agent
+    tensorboard --logdir runs                                             draws the curves
+
+PPO: Schulman et al. 2017 (https://arxiv.org/abs/1707.06347). The recurrent details follow Pleines et al. 2022,
+"Memory Gym" and its baseline recurrent-ppo-truncated-bptt. The idea: act for T steps in N environments, cut the rollout
+into segments of at most L steps of one episode, and run the memory over each segment from the state it had while acting.
+The gradient flows through at most L steps.
+
+Symbols: T rollout steps, N environments, L segment length, S segments, M real (unpadded) steps of a minibatch,
+b segments of a minibatch, H hidden size, A actions. Sequences are time-major: [T, N, ...], [L, S, ...].
+"""
+import collections
+import dataclasses
+import functools
+import json
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import gymnasium as gym
+import imageio
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+import torch.nn as nn
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from envs.wrappers import PreviousActionReward, ResetOptions  # importing envs registers its tasks
+from models import MEMORIES, Encoder, PolicyHead, RunningMeanStd, init, to_tensors
+
+SCRIPT = Path(__file__).stem
+TAGS = ("charts/episodic_return charts/episodic_length charts/success charts/SPS charts/learning_rate eval/episodic_return "
+        "eval/return_std eval/success losses/policy_loss losses/value_loss losses/entropy losses/approx_kl losses/clipfrac "
+        "losses/grad_norm losses/explained_variance debug/first_logratio debug/padding time/env time/policy time/batch "
+        "time/update").split()
+
+
+@dataclass
+class Args:
+    env_id: str = "PocMemory-v0"  # any Gymnasium id; popgym-*, Memory Gym's and this repository's are registered
+    env_kwargs: str = "{}"  # JSON, passed to the task's constructor
+    reset_options: str = "{}"  # JSON, passed to every reset(options=...)
+    seed: int = 1  # of environments, network and sampling
+    device: str = "auto"  # auto (cuda if there is one), cpu, cuda, cuda:1
+    num_threads: int = 1  # torch threads; more than one pays for images
+    num_envs: int = 16  # N
+    num_steps: int = 128  # T, steps per environment and rollout
+    total_timesteps: int = 61_440  # environment steps
+
+    memory: Literal[tuple(MEMORIES)] = "gru"  # the memory model
+    hidden_size: int = 32  # H, of the memory
+    num_layers: int = 1  # of the memory
+    encoder_size: int = 0  # linear layer with ReLU between observation features and memory; 0: none
+    mlp_size: int = 64  # hidden layer of policy and of value
+    prev_action: bool = False  # feed the previous action to the memory
+    prev_reward: bool = False  # feed the previous reward to the memory
+    seq_len: int = 8  # L, the length of truncated BPTT; -1: whole episodes (as far as the rollout holds them)
+    burn_in: int = 0  # steps before a segment that refresh its stored state with today's weights (R2D2); at most seq-len
+    reset_state: bool = True  # whether the memory forgets between episodes
+
+    learning_rate: tuple[float, ...] = (3e-4,)  # schedule: initial [final [power [decay-steps]]]
+    ent_coef: tuple[float, ...] = (1e-3, 1e-4)  # schedule of the entropy bonus
+    clip_coef: tuple[float, ...] = (0.2,)  # schedule of PPO's clip range
+    gamma: float = 0.99  # discount
+    gae_lambda: float = 0.95  # of generalized advantage estimation
+    num_minibatches: int = 8  # minibatches of whole segments per epoch
+    update_epochs: int = 4  # passes over the rollout
+    norm_adv: bool = True  # normalise advantages in each minibatch, over its real steps
+    clip_vloss: bool = True  # clip the value loss as PPO clips the policy's
+    vf_coef: float = 0.1  # weight of the value loss
+    max_grad_norm: float = 0.5  # gradient clipping
+    target_kl: float | None = None  # stop the epochs of an update once approx_kl is beyond this
+    norm_obs: bool = False  # normalise vector observations by running statistics
+    norm_reward: bool = False  # scale rewards by the running standard deviation of the discounted return
+
+    eval_every: int = 0  # environment steps between evaluations with the deterministic policy; 0: none
+    eval_episodes: int = 100  # episodes per evaluation
+    checkpoint_every: int = 100_000  # environment steps between checkpoints
+    runs_dir: str = "runs"  # where run folders go
+    run_name: str | None = None  # folder name; default <env-id>__<script>__<seed>__<time>
+    resume: str | None = None  # continue the run in this folder
+    model: str | None = None  # do not train: play this model.safetensors
+    episodes: int = 10  # episodes to play with --model
+    render_mode: Literal["human", "ansi", "rgb_array", "none"] | None = None  # with --model; rgb_array writes a GIF beside it
+
+
+def make_envs(args, num_envs, play=False, render_mode=None):
+    """Environments for training, which reset in the step that ends an episode, or to play in, which wait for reset()."""
+    kwargs, options = json.loads(args.env_kwargs), json.loads(args.reset_options)
+    # PITFALL: Gymnasium >= 1.0 resets on the *next* step by default, which puts a phantom transition (action ignored,
+    #   reward 0) between episodes: every episode one step too long. Test: test_envs.py::test_no_phantom_transition.
+    autoreset = gym.vector.AutoresetMode.DISABLED if play else gym.vector.AutoresetMode.SAME_STEP
+    try:
+        envs, spec = None, gym.make(args.env_id, **kwargs).spec
+        if spec.vector_entry_point and not (play or options):
+            envs = gym.make_vec(args.env_id, num_envs, **kwargs)             # written for the batch: many times faster
+        if envs is None or envs.metadata["autoreset_mode"] != autoreset:
+            wrappers = [functools.partial(ResetOptions, options=options)] if options else []
+            kwargs |= {"render_mode": render_mode} if render_mode else {}
+            envs = gym.make_vec(args.env_id, num_envs, "sync", {"autoreset_mode": autoreset}, wrappers, **kwargs)
+        envs.reset(seed=args.seed)                          # wrong reset options show here
+    except (gym.error.Error, ImportError, TypeError, ValueError) as e:
+        fail(f"--env-id {args.env_id} cannot be made with --env-kwargs {args.env_kwargs} and --reset-options "
+             f"{args.reset_options}: {' '.join(str(e).split())}")
+    if args.prev_action or args.prev_reward:
+        envs = PreviousActionReward(envs, args.prev_action, args.prev_reward)
+    return envs
+
+
+class Agent(nn.Module):
+    """Encoder -> memory -> policy and value.   obs: flat tuple of leaves, each [T, B, ...]; start [T, B] bool."""
+
+    def __init__(self, observation_space, action_space, args):
+        super().__init__()
+        self.encoder = Encoder(observation_space, args.encoder_size, args.norm_obs)
+        self.memory = MEMORIES[args.memory](self.encoder.out_size, args.hidden_size, args.num_layers)
+        hidden = lambda: (init(nn.Linear(args.hidden_size, args.mlp_size), 2**0.5), nn.ReLU())  # noqa: E731
+        self.actor, self.head = nn.Sequential(*hidden()), PolicyHead(args.mlp_size, action_space)
+        self.critic = nn.Sequential(*hidden(), init(nn.Linear(args.mlp_size, 1), 1.0))
+        self.return_stats = RunningMeanStd()                # the scale of rewards, with --norm-reward
+
+    def forward(self, obs, state, start, mask=None):
+        """Returns a distribution and values, both [T, B], and the state after them.
+
+        With mask [L, b], obs holds the M real steps only, [M, ...], and so do the outputs: padding exists between the two
+        lines that make and drop it, in the memory, and nowhere else.
+        """
+        x = self.encoder(obs)                               # [T, B, F] or [M, F]
+        if mask is not None:
+            # KNOWN BUG (recurrent-ppo readme): reshape to (L, b) what is ordered (b, L). Symptom: no better than a random
+            #   agent for any L > 1. Here: steps go where the mask says. Test: test_classic_bug_reshape.
+            x = x.new_zeros(*mask.shape, x.shape[-1]).index_put_((mask,), x)                # [L, b, F]
+        y, state = self.memory(x, state, start)             # [T, B, H]
+        y = y if mask is None else y[mask]                  # [M, H]
+        return self.head(self.actor(y)), self.critic(y).squeeze(-1), state
+
+
+def gae(rewards, values, starts, final_values, next_value, next_start, gamma, lam):
+    """Generalized advantage estimation (Schulman et al. 2016). Memory changes nothing here.   [T, N]; next_* [N]
+
+    final_values[t] is V(last observation) where a time limit cut the episode at t, and 0 elsewhere.
+    """
+    advantages, last = torch.zeros_like(rewards), 0
+    for t in reversed(range(len(rewards))):
+        # KNOWN BUG (CleanRL ppo_atari_lstm.py, recurrent-ppo's wrappers): a time limit treated as death. Symptom: values
+        #   too low near the limit. Here: bootstrapped by final_values. Test: test_ppo_recurrent_sbb.py::test_gae.
+        delta = rewards[t] + gamma * (next_value * ~next_start + final_values[t]) - values[t]
+        advantages[t] = last = delta + gamma * lam * ~next_start * last
+        next_value, next_start = values[t], starts[t]
+    return advantages                                       # [T, N]
+
+
+def cut_segments(starts, L):
+    """Cut a rollout into S segments, each of at most L steps of one episode.   starts [T, N] bool
+
+    A segment begins at t = 0, at every episode start, and L steps after the last cut. Returned as indices: x[when, env] is
+    [rows, S, ...] for any rollout tensor x [T, N, ...]; mask [rows, S] is False on padding; rows = the longest segment.
+    """
+    (T, N), device = starts.shape, starts.device
+    t = torch.arange(T, device=device)[:, None]             # [T, 1]
+    episode_start = torch.where(starts, t, 0).cummax(dim=0).values                          # [T, N]
+    cut = (t - episode_start) % L == 0                      # [T, N]
+    first = cut.T.flatten().nonzero().flatten()             # [S] where segments begin if columns are laid end to end
+    length = first.diff(append=first.new_tensor([T * N]))   # [S]
+    # KNOWN BUG (recurrent-ppo buffer.py:161): pads to the longest *episode*, not segment. Symptom: same loss, 25 times the
+    #   work (L = 8, 200-step episodes). Here: rows <= L. Test: test_ppo_recurrent_sbb.py::test_segments_partition.
+    offset = torch.arange(int(length.max()), device=device)[:, None]                        # [rows, 1]
+    return (first + offset).clamp(max=T * N - 1) % T, first // T, offset < length           # [rows, S], [S], [rows, S]
+
+
+def polynomial(schedule, step, total_steps):
+    """v(t) = (v0 - v1) (1 - t/D)^power + v1, then v1.   schedule: (v0[, v1[, power[, D]]]), D in environment steps"""
+    v0, v1, power, decay_steps = (*schedule, *(schedule[0], 1.0, total_steps)[len(schedule) - 1 :])
+    return (v0 - v1) * max(0.0, 1 - step / decay_steps) ** power + v1
+
+
+@torch.no_grad()
+def play(agent, envs, args, episodes, seed, show=lambda: None):
+    """Plays with the most likely actions. Returns three arrays: return, length, success (nan: not defined) of each episode.
+
+    Every environment plays its share: taking the first episodes to finish would prefer the short ones.
+    """
+    N, device = envs.num_envs, args.device
+    share = np.array([len(x) for x in np.array_split(np.arange(episodes), N)])              # [N] episodes left to play
+    obs, state, start = envs.reset(seed=seed)[0], agent.memory.initial_state(N), np.ones(N, bool)
+    returns, lengths, results = np.zeros(N), np.zeros(N), []
+    while share.any():
+        show()
+        memory_start = torch.as_tensor(start & args.reset_state, device=device)[None]
+        dist, _, state = agent(add_time(to_tensors(envs.single_observation_space, obs, device)), state, memory_start)
+        obs, reward, terminated, truncated, infos = envs.step(agent.head.to_env(dist.mode()[0]))
+        returns, lengths, start = returns + reward, lengths + 1, terminated | truncated
+        if start.any():
+            show()
+            for n in np.flatnonzero(start & (share > 0)):
+                results.append((returns[n], lengths[n], success_of(infos, n)))
+            share, returns, lengths = np.maximum(share - start, 0), returns * ~start, lengths * ~start
+            obs, _ = envs.reset(options={"reset_mask": start})
+    return np.array(results).T                              # [3, episodes]
+
+
+def success_of(infos, n):
+    """Whether environment n's episode, which has just ended, was a success; nan where the task does not say."""
+    infos = infos.get("final_info", infos)
+    return float(infos["success"][n]) if "success" in infos and infos["_success"][n] else float("nan")
+
+
+def add_time(obs):
+    return tuple(o[None] for o in obs)                      # leaves of [B, ...] -> [1, B, ...]
+
+
+def enjoy(args, weights):
+    """Plays --episodes of the task, one after the other; prints text frames or writes a GIF beside the model."""
+    modes = gym.make(args.env_id, **json.loads(args.env_kwargs)).metadata.get("render_modes", [])
+    render_mode = args.render_mode or ("ansi" if "ansi" in modes else "none")
+    if render_mode != "none" and render_mode not in modes and not (render_mode == "human" and "rgb_array" in modes):
+        fail(f"--render-mode {render_mode} is not one of {args.env_id}'s: {', '.join(modes) or 'it has none'}")
+    envs = make_envs(args, 1, play=True, render_mode=None if render_mode == "none" else render_mode)
+    agent, frames = make_agent(args, envs), []
+    load_weights(agent, weights, f"--model {args.model}")
+    show = {"ansi": lambda: print(envs.render()[0]), "rgb_array": lambda: frames.append(envs.render()[0])}
+    results = []
+    for episode in range(args.episodes):
+        results.append(play(agent, envs, args, 1, args.seed + episode, show.get(render_mode, lambda: None))[:, 0])
+        print(f"episode {episode + 1}: return {results[-1][0]:.2f}, length {results[-1][1]:.0f}, success {results[-1][2]:.0f}")
+    returns, lengths, successes = np.array(results).T
+    print(f"mean of {args.episodes}: return {returns.mean():.2f} +- {returns.std():.2f}, length {lengths.mean():.1f}, "
+          f"success {successes.mean():.2f}")
+    if frames:
+        path = Path(args.model).with_suffix(".gif")
+        imageio.mimsave(path, frames, duration=1000 / envs.metadata.get("render_fps", 10), loop=0)
+        print(f"wrote {path}")
+
+
+def fail(message):
+    """Bad input: one sentence, exit code 2."""
+    print(f"{SCRIPT}.py: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def check(args):
+    """Refuses what cannot run, before anything is made."""
+    at_least_1 = ("num_threads num_envs num_steps total_timesteps hidden_size num_layers mlp_size num_minibatches "
+                  "update_epochs eval_episodes checkpoint_every episodes").split()
+    for name in [*at_least_1, "seed", "encoder_size", "burn_in", "eval_every"]:
+        if getattr(args, name) < (low := int(name in at_least_1)):
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least {low}")
+    for name in ("learning_rate", "ent_coef", "clip_coef"):
+        if not 1 <= len(getattr(args, name)) <= 4:
+            fail(f"--{name.replace('_', '-')} takes one to four numbers: initial, final, power, decay steps")
+    for name in ("env_kwargs", "reset_options"):
+        try:
+            dict(**json.loads(getattr(args, name)))
+        except (json.JSONDecodeError, TypeError):
+            fail(f"""--{name.replace('_', '-')} {getattr(args, name)} is not a JSON object; write '{{"name": value}}'""")
+    if args.seq_len < 1 and args.seq_len != -1:
+        fail(f"--seq-len {args.seq_len} must be at least 1, or -1 for whole episodes")
+    if args.burn_in > max(args.seq_len, 0):
+        fail(f"--burn-in {args.burn_in} must not exceed --seq-len {args.seq_len} (whole episodes need none)")
+    if args.total_timesteps < args.num_envs * args.num_steps:
+        fail(f"--total-timesteps {args.total_timesteps} is less than one rollout, --num-envs x --num-steps = "
+             f"{args.num_envs * args.num_steps}")
+    segments = args.num_envs * (1 if args.seq_len == -1 else -(-args.num_steps // args.seq_len))
+    if args.num_minibatches > segments:
+        fail(f"--num-minibatches {args.num_minibatches} do not fit: a rollout may hold no more than {segments} segments; "
+             "raise --num-envs or --num-steps, or lower --seq-len")
+
+
+def save_atomically(path, write):
+    """Write beside, then rename: whenever the process dies, `path` is the old file or the new one, whole."""
+    beside = path.with_name(path.name + ".tmp")
+    write(beside)
+    os.replace(beside, path)
+
+
+def load_model(path):
+    """Weights and Args of a model file. safetensors holds numbers and text: a stranger's file cannot run code."""
+    try:
+        with safetensors.safe_open(path, "pt") as f:
+            metadata, weights = f.metadata() or {}, {name: f.get_tensor(name) for name in f.keys()}
+    except FileNotFoundError:
+        fail(f"--model {path} does not exist; training ends by printing the path of its model")
+    except (safetensors.SafetensorError, OSError) as e:
+        fail(f"--model {path} is not a readable safetensors file ({e}); use another copy or train again")
+    if metadata.get("script") != SCRIPT:
+        fail(f"--model {path} was trained by {metadata.get('script', 'another program')}; play it with that script")
+    return weights, load_args(metadata["args"])
+
+
+def load_args(text):
+    """Args from JSON; flags that this version does not know are left out."""
+    known = {f.name for f in dataclasses.fields(Args)}
+    return Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items() if k in known})
+
+
+def load_checkpoint(run):
+    try:
+        checkpoint = torch.load(Path(run) / "checkpoint.pt", map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        fail(f"--resume {run} has no checkpoint.pt; give a run folder, such as those in runs/")
+    except Exception as e:                                  # torch raises many kinds for a damaged file
+        fail(f"--resume {run}: checkpoint.pt cannot be read ({type(e).__name__}); it is damaged, start a new run")
+    if checkpoint.get("script") != SCRIPT:
+        fail(f"--resume {run} was trained by {checkpoint.get('script', 'another program')}; resume it with that script")
+    return checkpoint
+
+
+def make_agent(args, envs):
+    try:
+        return Agent(envs.single_observation_space, envs.single_action_space, args).to(args.device)
+    except ValueError as e:
+        fail(f"--env-id {args.env_id}: {e}")
+
+
+def load_weights(agent, weights, flag):
+    try:
+        agent.load_state_dict(weights)
+    except RuntimeError:
+        fail(f"{flag} holds a network of other sizes than the flags and the task ask for; leave those flags out")
+
+
+def open_progress(path, global_step):
+    """progress.csv for appending: a new one, or the old one without the rows after the checkpoint."""
+    old = path.read_text().splitlines(keepends=True)[1:] if path.exists() else []
+    kept = [row for row in old if int(row.split(",")[0]) <= global_step]
+    save_atomically(path, lambda p: p.write_text(",".join(("global_step", "seconds", *TAGS)) + "\n" + "".join(kept)))
+    return path.open("a", buffering=1)                      # one write a line
+
+
+def train(args, checkpoint=None):
+    # ------------------------------------------------------------------ setup
+    torch.manual_seed(args.seed)
+    T, N, device = args.num_steps, args.num_envs, torch.device(args.device)
+    envs = make_envs(args, N)
+    eval_envs = make_envs(args, min(N, args.eval_episodes), play=True) if args.eval_every else None
+    tensors = functools.partial(to_tensors, envs.single_observation_space, device=device)
+    agent = make_agent(args, envs)
+    optimizer = torch.optim.AdamW(agent.parameters(), lr=args.learning_rate[0], fused=True)
+
+    global_step, seconds, recent = 0, 0.0, collections.deque(maxlen=100)    # recent: return, length, success of episodes
+    next_obs = tensors(envs.reset(seed=args.seed)[0])       # leaves of [N, ...]
+    next_start = torch.ones(N, dtype=torch.bool, device=device)
+    state = agent.memory.initial_state(N)                   # tuple of [N, ...]
+    discounted = torch.zeros(N, device=device)              # running discounted return, for --norm-reward
+    episode_return, episode_length = torch.zeros(N, dtype=torch.float64), torch.zeros(N, dtype=torch.long)
+    if checkpoint:
+        load_weights(agent, checkpoint["agent"], f"--resume {args.resume}")
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        torch.set_rng_state(checkpoint["rng"])
+        global_step, seconds = checkpoint["global_step"], checkpoint["seconds"]
+        recent.extend(checkpoint["recent"])
+        if checkpoint["envs"]:                              # our own tasks go on to the bit, as if never interrupted
+            envs.unwrapped.load_state_dict(checkpoint["envs"])
+            next_obs, state, (next_start, discounted, episode_return, episode_length) = (
+                tuple(x.to(device) for x in xs) for xs in checkpoint["tensors"])
+        else:                                               # others cannot be saved: new episodes, not the first ones again
+            next_obs = tensors(envs.reset(seed=args.seed + global_step)[0])
+
+    obs = tuple(torch.zeros(T, *o.shape, dtype=o.dtype, device=device) for o in next_obs)   # leaves of [T, N, ...]
+    actions = torch.zeros(T, N, *agent.head.action_shape, dtype=agent.head.action_dtype, device=device)
+    logprobs, rewards, values, final_values = (torch.zeros(T, N, device=device) for _ in range(4))
+    starts = torch.zeros(T, N, dtype=torch.bool, device=device)
+
+    name = args.run_name or f"{args.env_id}__{SCRIPT}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
+    run = Path(args.resume or Path(args.runs_dir) / name)
+    try:
+        run.mkdir(parents=True, exist_ok=bool(args.resume))
+    except OSError as e:
+        fail(f"--run-name {name} cannot be made in --runs-dir {args.runs_dir} ({e.strerror}); choose another or --resume {run}")
+    args_json = json.dumps(dataclasses.asdict(args), indent=2)
+    save_atomically(run / "args.json", lambda path: path.write_text(args_json))
+    progress = open_progress(run / "progress.csv", global_step)
+    writer = SummaryWriter(run, purge_step=global_step)
+    writer.add_text("args", "```\n" + args_json + "\n```")
+
+    def save():
+        metadata = {"script": SCRIPT, "args": args_json, "global_step": str(global_step), "torch": torch.__version__,
+                    "gymnasium": gym.__version__, "observation_space": str(envs.single_observation_space),
+                    "action_space": str(envs.single_action_space)}
+        env_state = envs.unwrapped.state_dict() if hasattr(envs.unwrapped, "state_dict") else {}
+        everything = {
+            "script": SCRIPT, "args": args_json, "global_step": global_step, "seconds": seconds, "recent": list(recent),
+            "agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(),
+            "envs": {k: v if isinstance(v, str) else torch.as_tensor(v) for k, v in env_state.items()},
+            "tensors": (next_obs, state, (next_start, discounted, episode_return, episode_length))}
+        save_atomically(run / "model.safetensors",
+                        lambda path: safetensors.torch.save_file(agent.state_dict(), path, metadata))
+        save_atomically(run / "checkpoint.pt", lambda path: torch.save(everything, path))
+
+    save()                                                  # whenever the process dies, there is something to resume
+    interrupted = []
+
+    def on_ctrl_c(*_):
+        interrupted.append(True)                            # finish the update, save, leave; a second Ctrl-C leaves at once
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, on_ctrl_c)
+    bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True)
+    memory_starts = starts if args.reset_state else torch.zeros_like(starts)                # [T, N] when the memory forgets
+
+    while global_step + T * N <= args.total_timesteps and not interrupted:
+        began = clock = time.perf_counter()
+        spent = dict.fromkeys(("policy", "env", "batch", "update"), 0.0)
+        learning_rate, ent_coef, clip_coef = (polynomial(schedule, global_step, args.total_timesteps) for schedule in
+                                              (args.learning_rate, args.ent_coef, args.clip_coef))
+        optimizer.param_groups[0]["lr"] = learning_rate
+
+        # -------------------------------------------------------------- rollout: T steps in N environments
+        states = []                                         # T tuples of [N, ...]: the memory *before* step t
+        final_values.zero_()
+        for t in range(T):
+            for o, next_o in zip(obs, next_obs):
+                o[t] = next_o
+            starts[t] = next_start
+            # KNOWN BUG (recurrent-ppo readme): saving the state after the step or the reset. Symptom: logratio != 0 before
+            #   the first gradient step, learning a little worse. Here: saved before both; `start` repeats the reset in
+            #   training. Test: test_ppo_recurrent_sbb.py::test_classic_bug_state_saved_too_late.
+            states.append(state)
+            with torch.no_grad():                           # acting is a sequence of length 1
+                dist, value, state = agent(add_time(next_obs), state, memory_starts[t : t + 1])
+                action = dist.sample()                      # [1, N, ...]
+                logprobs[t], actions[t], values[t] = dist.log_prob(action)[0], action[0], value[0]
+            spent["policy"] -= clock - (clock := time.perf_counter())
+            next_obs, reward, terminated, truncated, infos = envs.step(agent.head.to_env(action[0]))
+            spent["env"] -= clock - (clock := time.perf_counter())
+
+            next_obs, rewards[t] = tensors(next_obs), torch.as_tensor(reward)
+            time_limit = np.flatnonzero(truncated & ~terminated)
+            if len(time_limit):                             # not a death: the episode's last observation has a value
+                last_obs = (torch.stack(o)[None] for o in zip(*(tensors(o) for o in infos["final_obs"][time_limit])))
+                goes_on = torch.zeros(1, len(time_limit), dtype=torch.bool, device=device)
+                with torch.no_grad():
+                    _, value, _ = agent(tuple(last_obs), tuple(s[time_limit] for s in state), goes_on)
+                final_values[t, time_limit] = value[0]
+            episode_return += torch.as_tensor(reward)
+            episode_length += 1
+            next_start = torch.as_tensor(terminated | truncated)
+            for n in next_start.nonzero().flatten().tolist():
+                recent.append((episode_return[n].item(), episode_length[n].item(), success_of(infos, n)))
+                episode_return[n], episode_length[n] = 0, 0
+            next_start = next_start.to(device)
+        global_step += T * N
+
+        # -------------------------------------------------------------- targets
+        if args.norm_reward:
+            discounted_returns = torch.zeros_like(rewards)
+            for t in range(T):
+                discounted_returns[t] = discounted = rewards[t] + args.gamma * discounted * ~starts[t]
+            agent.return_stats.update(discounted_returns)
+            rewards /= agent.return_stats.var.sqrt().float() + 1e-8
+        with torch.no_grad():
+            _, next_value, _ = agent(add_time(next_obs), state, (next_start & args.reset_state)[None])
+            advantages = gae(rewards, values, starts, final_values, next_value[0], next_start, args.gamma, args.gae_lambda)
+        b_obs = tuple(o.flatten(0, 1) for o in obs)         # leaves of [T N, ...]
+        b_actions, b_logprobs, b_values, b_advantages, b_returns = (
+            x.flatten(0, 1) for x in (actions, logprobs, values, advantages, advantages + values))          # [T N]
+
+        # -------------------------------------------------------------- batch: the [T, N] rollout becomes [L, S]
+        when, env, mask = cut_segments(starts, T if args.seq_len == -1 else args.seq_len)
+        seg_index = when * N + env                          # [L, S] place of a step in b_*
+        seg_start = memory_starts[when, env]                # [L, S]
+        states = tuple(torch.stack(s) for s in zip(*states))                                # tuple of [T, N, ...]
+        # PITFALL: starting segments from initial_state() trains a policy that never acted. Symptom: logratio != 0 before
+        #   the first gradient step; the curve may look fine. Test: test_ppo_recurrent_sbb.py::test_first_logratio_is_zero.
+        seg_state = tuple(s[when[0], env] for s in states)  # tuple of [S, ...]
+        # R2D2 (Kapturowski et al. 2019): stored states grow stale while the weights change. With --burn-in, a segment that
+        # continues an episode of this rollout gets its state from the steps before it, run with today's weights.
+        continues = (when[0] > 0) & ~starts[when[0], env]   # [S]
+        burn = (when[0] + torch.arange(-args.burn_in, 0, device=device)[:, None]).clamp(min=0)              # [burn_in, S]
+        spent["batch"] -= clock - (clock := time.perf_counter())
+
+        # -------------------------------------------------------------- update: minibatches of whole segments
+        stats, first_logratio = [], None
+        for epoch in range(args.update_epochs):
+            for mb in torch.randperm(len(env), device=device).tensor_split(args.num_minibatches):           # [b] segments
+                m = mask[:, mb]                             # [L, b]
+                index = seg_index[:, mb][m]                 # [M] the real steps
+                mb_state = tuple(s[mb] for s in seg_state)  # tuple of [b, ...]
+                if args.burn_in:
+                    c = continues[mb]
+                    at = burn[:, mb[c]], env[mb[c]]
+                    with torch.no_grad():
+                        _, _, fresh = agent(tuple(o[at] for o in obs), tuple(s[at[0][0], at[1]] for s in states),
+                                            memory_starts[at])
+                    for s, f in zip(mb_state, fresh):
+                        s[c] = f
+                dist, newvalue, _ = agent(tuple(o[index] for o in b_obs), mb_state, seg_start[:, mb], m)
+                # Padding is behind us: from here on this is the loss of a memoryless PPO on M steps.
+                logratio = dist.log_prob(b_actions[index]) - b_logprobs[index]
+                ratio = logratio.exp()
+                if first_logratio is None:                  # no gradient step yet: the policy is still the one that acted
+                    first_logratio = logratio.abs().max().item()
+
+                mb_advantages = b_advantages[index]
+                if args.norm_adv:
+                    mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
+                pg_loss = -torch.min(mb_advantages * ratio, mb_advantages * ratio.clamp(1 - clip_coef, 1 + clip_coef)).mean()
+                v_loss = (newvalue - b_returns[index]) ** 2
+                if args.clip_vloss:
+                    v_clipped = b_values[index] + (newvalue - b_values[index]).clamp(-clip_coef, clip_coef)
+                    v_loss = torch.max(v_loss, (v_clipped - b_returns[index]) ** 2)
+                v_loss, entropy = 0.5 * v_loss.mean(), dist.entropy().mean()
+                loss = pg_loss - ent_coef * entropy + args.vf_coef * v_loss
+
+                optimizer.zero_grad()
+                loss.backward()
+                grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                optimizer.step()
+                with torch.no_grad():
+                    approx_kl, clipfrac = ((ratio - 1) - logratio).mean(), ((ratio - 1).abs() > clip_coef).float().mean()
+                    stats.append(torch.stack([pg_loss, v_loss, entropy, approx_kl, clipfrac, grad_norm]))
+            if args.target_kl is not None and approx_kl > args.target_kl:
+                break
+        if args.norm_obs:                                   # only now: this update had to see what the acting policy saw
+            agent.encoder.update_stats(b_obs)
+        spent["update"] -= clock - (clock := time.perf_counter())
+
+        # -------------------------------------------------------------- log, checkpoint
+        stats = torch.stack(stats).mean(0).tolist()
+        if not np.isfinite(stats).all():
+            bar.close()
+            sys.exit(f"the loss is not finite at step {global_step}; the last checkpoint is {run}/checkpoint.pt: try --resume "
+                     f"{run} with a smaller --learning-rate or --max-grad-norm")
+        if first_logratio > 1e-3:
+            tqdm.write(f"warning: log-probabilities differ by {first_logratio:.1e} before the first gradient step of an update; "
+                       "what is trained is not what acted")
+        seconds += clock - began
+        row = dict(zip(("losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/approx_kl", "losses/clipfrac",
+                        "losses/grad_norm"), stats))
+        row |= {f"time/{name}": value for name, value in spent.items()}
+        row |= {"charts/SPS": T * N / (clock - began), "charts/learning_rate": learning_rate,
+                "debug/first_logratio": first_logratio, "debug/padding": mask.numel() / (T * N),
+                "losses/explained_variance": 1 - (advantages.var() / (advantages + values).var()).item()}
+        if recent:
+            row |= zip(("charts/episodic_return", "charts/episodic_length", "charts/success"), np.mean(recent, axis=0))
+        due = lambda every: every and global_step // every > (global_step - T * N) // every  # noqa: E731
+        if due(args.eval_every):
+            returns, _, successes = play(agent, eval_envs, args, args.eval_episodes, args.seed + 10_000)
+            row |= {"eval/episodic_return": returns.mean(), "eval/return_std": returns.std(), "eval/success": successes.mean()}
+        row = {tag: value for tag, value in row.items() if np.isfinite(value)}
+        progress.write(",".join((str(global_step), f"{seconds:.3f}", *(f"{row[t]:.6g}" if t in row else "" for t in TAGS))) + "\n")
+        for tag, value in row.items():
+            writer.add_scalar(tag, value, global_step)
+        bar.set_postfix({name: f"{row[tag]:.{digits}f}" for name, tag, digits in
+                         (("SPS", "charts/SPS", 0), ("return", "charts/episodic_return", 2), ("success", "charts/success", 2))
+                         if tag in row})
+        bar.update(T * N)
+        if due(args.checkpoint_every):
+            save()
+
+    save()
+    bar.close()
+    writer.close()
+    progress.close()
+    print(f"{'interrupted' if interrupted else 'done'} at step {global_step}; everything is in {run}")
+    if interrupted:
+        print(f"continue:  python {SCRIPT}.py --resume {run}")
+    print(f"watch it:  python {SCRIPT}.py --model {run / 'model.safetensors'}")
+    return run
+
+
+def main():
+    args, saved = tyro.cli(Args), None
+    if args.model:                                          # flags given now override the saved ones
+        weights, saved = load_model(args.model)
+    elif args.resume:
+        checkpoint = load_checkpoint(args.resume)
+        saved = load_args(checkpoint["args"])
+    args = tyro.cli(Args, default=saved) if saved else args
+    check(args)
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as e:
+        fail(f"--device {args.device} cannot be used here: {str(e).splitlines()[0]}")
+    torch.set_num_threads(args.num_threads)
+    if args.model:
+        enjoy(args, weights)
+    else:
+        train(args, checkpoint if args.resume else None)
+
+
+if __name__ == "__main__":
+    main()
