@@ -125,9 +125,9 @@ class Agent(nn.Module):
         super().__init__()
         self.encoder = Encoder(observation_space, args.encoder_size, args.norm_obs)
         self.memory = MEMORIES[args.memory](self.encoder.out_size, args.hidden_size, args.num_layers)
-        hidden = lambda: (init(nn.Linear(args.hidden_size, args.mlp_size), 2**0.5), nn.ReLU())  # noqa: E731
-        self.actor, self.head = nn.Sequential(*hidden()), PolicyHead(args.mlp_size, action_space)
-        self.critic = nn.Sequential(*hidden(), init(nn.Linear(args.mlp_size, 1), 1.0))
+        self.hidden = init(nn.Linear(args.hidden_size, 2 * args.mlp_size), 2)               # policy's and value's layer
+        self.policy = PolicyHead(args.mlp_size, action_space)
+        self.value = init(nn.Linear(args.mlp_size, 1), 1.0)
         self.return_stats = RunningMeanStd()                # the scale of rewards, with --norm-reward
 
     def forward(self, obs, state, start, mask=None):
@@ -143,7 +143,8 @@ class Agent(nn.Module):
             x = x.new_zeros(*mask.shape, x.shape[-1]).index_put_((mask,), x)                # [L, b, F]
         y, state = self.memory(x, state, start)             # [T, B, H]
         y = y if mask is None else y[mask]                  # [M, H]
-        return self.head(self.actor(y)), self.critic(y).squeeze(-1), state
+        for_policy, for_value = self.hidden(y).relu().chunk(2, dim=-1)                      # [T, B, mlp_size]
+        return self.policy(for_policy), self.value(for_value).squeeze(-1), state
 
 
 def gae(rewards, values, starts, final_values, next_value, next_start, gamma, lam):
@@ -151,14 +152,15 @@ def gae(rewards, values, starts, final_values, next_value, next_start, gamma, la
 
     final_values[t] is V(last observation) where a time limit cut the episode at t, and 0 elsewhere.
     """
-    advantages, last = torch.zeros_like(rewards), 0
-    for t in reversed(range(len(rewards))):
-        # KNOWN BUG (CleanRL ppo_atari_lstm.py, recurrent-ppo's wrappers): a time limit treated as death. Symptom: values
-        #   too low near the limit. Here: bootstrapped by final_values. Test: test_ppo_recurrent_sbb.py::test_gae.
-        delta = rewards[t] + gamma * (next_value * ~next_start + final_values[t]) - values[t]
-        advantages[t] = last = delta + gamma * lam * ~next_start * last
-        next_value, next_start = values[t], starts[t]
-    return advantages                                       # [T, N]
+    next_values, next_starts = torch.cat([values[1:], next_value[None]]), torch.cat([starts[1:], next_start[None]])
+    # KNOWN BUG (CleanRL ppo_atari_lstm.py, recurrent-ppo's wrappers): a time limit treated as death. Symptom: values too
+    #   low near the limit. Here: final_values. Test: test_ppo_recurrent_sbb.py::test_gae_equals_its_definition.
+    deltas = rewards + gamma * (next_values * ~next_starts + final_values) - values         # [T, N]
+    decays, last, advantages = gamma * lam * ~next_starts, torch.zeros_like(next_value), []
+    for delta, decay in zip(deltas.flip(0).unbind(), decays.flip(0).unbind()):
+        last = delta + decay * last
+        advantages.append(last)
+    return torch.stack(advantages[::-1])                    # [T, N]
 
 
 def cut_segments(starts, L):
@@ -199,7 +201,7 @@ def play(agent, envs, args, episodes, seed, show=lambda: None):
         show()
         memory_start = torch.as_tensor(start & args.reset_state, device=device)[None]
         dist, _, state = agent(add_time(to_tensors(envs.single_observation_space, obs, device)), state, memory_start)
-        obs, reward, terminated, truncated, infos = envs.step(agent.head.to_env(dist.mode()[0]))
+        obs, reward, terminated, truncated, infos = envs.step(agent.policy.to_env(dist.mode()[0]))
         returns, lengths, start = returns + reward, lengths + 1, terminated | truncated
         if start.any():
             show()
@@ -346,14 +348,15 @@ def train(args, checkpoint=None):
     eval_envs = make_envs(args, min(N, args.eval_episodes), play=True) if args.eval_every else None
     tensors = functools.partial(to_tensors, envs.single_observation_space, device=device)
     agent = make_agent(args, envs)
-    optimizer = torch.optim.AdamW(agent.parameters(), lr=args.learning_rate[0], fused=True)
+    parameters = list(agent.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate[0], fused=True)
 
     global_step, seconds, recent = 0, 0.0, collections.deque(maxlen=100)    # recent: return, length, success of episodes
     next_obs = tensors(envs.reset(seed=args.seed)[0])       # leaves of [N, ...]
     next_start = torch.ones(N, dtype=torch.bool, device=device)
     state = agent.memory.initial_state(N)                   # tuple of [N, ...]
     discounted = torch.zeros(N, device=device)              # running discounted return, for --norm-reward
-    episode_return, episode_length = torch.zeros(N, dtype=torch.float64), torch.zeros(N, dtype=torch.long)
+    episode_return, episode_length = np.zeros(N), np.zeros(N)
     if checkpoint:
         load_weights(agent, checkpoint["agent"], f"--resume {args.resume}")
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -362,13 +365,13 @@ def train(args, checkpoint=None):
         recent.extend(checkpoint["recent"])
         if checkpoint["envs"]:                              # our own tasks go on to the bit, as if never interrupted
             envs.unwrapped.load_state_dict(checkpoint["envs"])
-            next_obs, state, (next_start, discounted, episode_return, episode_length) = (
-                tuple(x.to(device) for x in xs) for xs in checkpoint["tensors"])
+            next_obs, state, (next_start, discounted) = (tuple(x.to(device) for x in xs) for xs in checkpoint["tensors"])
+            episode_return, episode_length = (x.numpy() for x in checkpoint["episodes"])
         else:                                               # others cannot be saved: new episodes, not the first ones again
             next_obs = tensors(envs.reset(seed=args.seed + global_step)[0])
 
     obs = tuple(torch.zeros(T, *o.shape, dtype=o.dtype, device=device) for o in next_obs)   # leaves of [T, N, ...]
-    actions = torch.zeros(T, N, *agent.head.action_shape, dtype=agent.head.action_dtype, device=device)
+    actions = torch.zeros(T, N, *agent.policy.action_shape, dtype=agent.policy.action_dtype, device=device)
     logprobs, rewards, values, final_values = (torch.zeros(T, N, device=device) for _ in range(4))
     starts = torch.zeros(T, N, dtype=torch.bool, device=device)
 
@@ -393,7 +396,8 @@ def train(args, checkpoint=None):
             "script": SCRIPT, "args": args_json, "global_step": global_step, "seconds": seconds, "recent": list(recent),
             "agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(),
             "envs": {k: v if isinstance(v, str) else torch.as_tensor(v) for k, v in env_state.items()},
-            "tensors": (next_obs, state, (next_start, discounted, episode_return, episode_length))}
+            "tensors": (next_obs, state, (next_start, discounted)),
+            "episodes": (torch.as_tensor(episode_return), torch.as_tensor(episode_length))}
         save_atomically(run / "model.safetensors",
                         lambda path: safetensors.torch.save_file(agent.state_dict(), path, metadata))
         save_atomically(run / "checkpoint.pt", lambda path: torch.save(everything, path))
@@ -432,7 +436,7 @@ def train(args, checkpoint=None):
                 action = dist.sample()                      # [1, N, ...]
                 logprobs[t], actions[t], values[t] = dist.log_prob(action)[0], action[0], value[0]
             spent["policy"] -= clock - (clock := time.perf_counter())
-            next_obs, reward, terminated, truncated, infos = envs.step(agent.head.to_env(action[0]))
+            next_obs, reward, terminated, truncated, infos = envs.step(agent.policy.to_env(action[0]))
             spent["env"] -= clock - (clock := time.perf_counter())
 
             next_obs, rewards[t] = tensors(next_obs), torch.as_tensor(reward)
@@ -443,13 +447,11 @@ def train(args, checkpoint=None):
                 with torch.no_grad():
                     _, value, _ = agent(tuple(last_obs), tuple(s[time_limit] for s in state), goes_on)
                 final_values[t, time_limit] = value[0]
-            episode_return += torch.as_tensor(reward)
-            episode_length += 1
-            next_start = torch.as_tensor(terminated | truncated)
-            for n in next_start.nonzero().flatten().tolist():
-                recent.append((episode_return[n].item(), episode_length[n].item(), success_of(infos, n)))
+            done, episode_return, episode_length = terminated | truncated, episode_return + reward, episode_length + 1
+            next_start = torch.as_tensor(done, device=device)
+            for n in np.flatnonzero(done):
+                recent.append((float(episode_return[n]), float(episode_length[n]), success_of(infos, n)))
                 episode_return[n], episode_length[n] = 0, 0
-            next_start = next_start.to(device)
         global_step += T * N
 
         # -------------------------------------------------------------- targets
@@ -469,7 +471,7 @@ def train(args, checkpoint=None):
         # -------------------------------------------------------------- batch: the [T, N] rollout becomes [L, S]
         when, env, mask = cut_segments(starts, T if args.seq_len == -1 else args.seq_len)
         seg_index = when * N + env                          # [L, S] place of a step in b_*
-        seg_start = memory_starts[when, env]                # [L, S]
+        seg_start = memory_starts[when, env] & mask         # [L, S] True in row 0 at most: no cut inside a fused call
         states = tuple(torch.stack(s) for s in zip(*states))                                # tuple of [T, N, ...]
         # PITFALL: starting segments from initial_state() trains a policy that never acted. Symptom: logratio != 0 before
         #   the first gradient step; the curve may look fine. Test: test_ppo_recurrent_sbb.py::test_first_logratio_is_zero.
@@ -515,7 +517,7 @@ def train(args, checkpoint=None):
 
                 optimizer.zero_grad()
                 loss.backward()
-                grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                 optimizer.step()
                 with torch.no_grad():
                     approx_kl, clipfrac = ((ratio - 1) - logratio).mean(), ((ratio - 1).abs() > clip_coef).float().mean()
@@ -533,8 +535,8 @@ def train(args, checkpoint=None):
             sys.exit(f"the loss is not finite at step {global_step}; the last checkpoint is {run}/checkpoint.pt: try --resume "
                      f"{run} with a smaller --learning-rate or --max-grad-norm")
         if first_logratio > 1e-3:
-            tqdm.write(f"warning: log-probabilities differ by {first_logratio:.1e} before the first gradient step of an update; "
-                       "what is trained is not what acted")
+            tqdm.write(f"warning: log-probabilities differ by {first_logratio:.1e} before the update's first gradient step: "
+                       "the policy in training is not the one that acted")
         seconds += clock - began
         row = dict(zip(("losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/approx_kl", "losses/clipfrac",
                         "losses/grad_norm"), stats))
@@ -549,7 +551,8 @@ def train(args, checkpoint=None):
             returns, _, successes = play(agent, eval_envs, args, args.eval_episodes, args.seed + 10_000)
             row |= {"eval/episodic_return": returns.mean(), "eval/return_std": returns.std(), "eval/success": successes.mean()}
         row = {tag: value for tag, value in row.items() if np.isfinite(value)}
-        progress.write(",".join((str(global_step), f"{seconds:.3f}", *(f"{row[t]:.6g}" if t in row else "" for t in TAGS))) + "\n")
+        cells = (f"{row[tag]:.6g}" if tag in row else "" for tag in TAGS)
+        progress.write(",".join((str(global_step), f"{seconds:.3f}", *cells)) + "\n")
         for tag, value in row.items():
             writer.add_scalar(tag, value, global_step)
         bar.set_postfix({name: f"{row[tag]:.{digits}f}" for name, tag, digits in

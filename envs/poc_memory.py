@@ -3,8 +3,11 @@
 A line of 11 cells, positions -1, -.8, ... 1. One end is good (+1), the other bad (-1); the agent sees which in the
 first three observations only. Observation (3): left goal, position, right goal; the goals read 0 once hidden.
 Actions: 0 left, 1 right. Nothing moves during the two show steps (`freeze`), reward 0. Then each move costs .1, the good
-end gives 1 + 6 * .1 = 1.6, the bad end -1.6, and both end the episode. Without memory: success 1/2.
-The original has no time limit; here an episode is truncated after `max_episode_steps`.
+end gives 1 + 6 * .1 = 1.6, the bad end -1.6, and both end the episode. The original has no time limit; here an episode is
+truncated after `max_episode_steps`.
+
+The first move is still made with the goals in view, so even without memory success can reach 0.7, no more: from cells
+-1, 0, 1 both goals are equally likely, whatever the policy; from +-2, +-3 (2 of 5 starts) the first move gave the goal away.
 """
 import gymnasium as gym
 import numpy as np
@@ -26,18 +29,17 @@ class PocMemoryBatch(BatchEnv):
         self.good_end[rows] = 2 * self.np_random.integers(2, size=len(rows)) - 1           # -1 left, +1 right
 
     def move(self, actions):
-        moves = (self.t >= SHOW_STEPS) | (not self.freeze)
-        self.cell += np.where(moves, 2 * actions - 1, 0)
-        self.t += 1
+        moves = 1 if not self.freeze else self.t >= SHOW_STEPS
+        self.cell = self.cell + (2 * actions - 1) * moves
+        self.t = self.t + 1
         terminated = np.abs(self.cell) == END
-        success = self.cell == END * self.good_end
-        end_reward = np.where(success, GOAL_REWARD, -GOAL_REWARD)
-        reward = np.where(terminated, end_reward, np.where(moves, -STEP_PENALTY, 0.0))
-        return reward, terminated, self.t >= self.max_episode_steps, success
+        side = self.cell * self.good_end                                                   # END: good end, -END: bad end
+        reward = np.where(terminated, GOAL_REWARD / END * side, -STEP_PENALTY * moves)
+        return reward, terminated, self.t >= self.max_episode_steps, side == END
 
     def observe(self):
-        goals = np.where(self.t <= SHOW_STEPS, self.good_end, 0)
-        return np.stack([-goals, self.cell / END, goals], axis=1).astype(np.float32)       # [N, 3]
+        goals = self.good_end * (self.t <= SHOW_STEPS)
+        return np.array([-goals, self.cell / END, goals], np.float32).T                    # [N, 3]
 
     def text(self, i):
         line = ["."] * (2 * END + 1)

@@ -75,6 +75,7 @@ class PolicyHead(nn.Module):
     def __init__(self, in_size, space):
         super().__init__()
         self.space, self.action_shape, self.action_dtype = space, space.shape, torch.long
+        self.first = getattr(space, "start", 0)             # integers are stored from 0
         if isinstance(space, gym.spaces.Discrete):
             out_size = int(space.n)
         elif isinstance(space, gym.spaces.MultiDiscrete) and len(space.shape) == 1:
@@ -101,4 +102,4 @@ class PolicyHead(nn.Module):
         action = action.cpu().numpy()
         if isinstance(self.space, gym.spaces.Box):
             return np.clip(action, self.space.low, self.space.high)
-        return action + self.space.start if np.any(self.space.start) else action
+        return action + self.first

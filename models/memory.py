@@ -17,60 +17,70 @@ import torch.nn as nn
 
 
 class RNN(nn.Module):
-    """What GRU and LSTM share: torch's recurrent layers behind the interface. States: num_states x [B, layers, H]."""
+    """What GRU and LSTM share: torch's recurrent layers behind the interface.
 
-    layer, cell, num_states = None, None, None
+    State: one h [B, H] a layer, and for the LSTM then one c [B, H] a layer.
+    """
+
+    layer, cell, kinds = None, None, None                    # kinds: 1 (h) or 2 (h, c)
 
     def __init__(self, input_size, hidden_size, num_layers=1):
         super().__init__()
         self.hidden_size, self.num_layers = hidden_size, num_layers
         self.rnn = self.layer(input_size, hidden_size, num_layers)
-        for name, p in self.rnn.named_parameters():         # orthogonal and zero, as recurrent-ppo
+        for name, p in self.rnn.named_parameters():          # orthogonal and zero, as recurrent-ppo
             nn.init.orthogonal_(p, 2**0.5) if "weight" in name else nn.init.zeros_(p)
 
     def initial_state(self, batch_size):
-        zeros = self.rnn.weight_hh_l0.new_zeros(batch_size, self.num_layers, self.hidden_size)
         # KNOWN BUG (recurrent-ppo readme): None as hidden state. torch takes it for zeros and says nothing. Symptom: the
-        #   memory restarts at every call, the value function explodes. Here: None cannot be unpacked. Test:
-        #   test_ppo_recurrent_sbb.py::test_classic_bug_none_as_hidden_state.
-        return (zeros,) * self.num_states
+        #   memory restarts at every call, the value function explodes. Here: a state is always given, None fails.
+        #   Test: test_ppo_recurrent_sbb.py::test_classic_bug_none_as_hidden_state.
+        return (self.rnn.weight_hh_l0.new_zeros(batch_size, self.hidden_size),) * (self.kinds * self.num_layers)
 
     def forward(self, x, state, start):
-        # The RNN sees no reset inside a call: cut where some row starts, one fused call between two cuts.
+        if len(x) == 1:
+            return self.step(x[0], forget(state, start[0]))
+        # torch's layers know no reset: cut where some row starts, one fused call between two cuts.
         cuts = [0, *(start[1:].any(dim=1).nonzero().flatten() + 1).tolist(), len(x)]
         ys = []
         for first, piece in zip(cuts, x.split([b - a for a, b in zip(cuts, cuts[1:])])):
-            state = tuple(s.masked_fill(start[first, :, None, None], 0) for s in state)
-            y, state = self.step(piece[0], state) if len(piece) == 1 else self.sequence(piece, state)
+            y, state = self.sequence(piece, forget(state, start[first]))
             ys.append(y)
         return torch.cat(ys) if len(ys) > 1 else y, state
 
     def sequence(self, x, state):                            # x [T, B, F]
-        h = tuple(s.transpose(0, 1).contiguous() for s in state)            # torch wants [layers, B, H]
-        y, h = self.rnn(x, h if self.num_states > 1 else h[0])
-        return y, tuple(s.transpose(0, 1) for s in (h if self.num_states > 1 else (h,)))
+        hx = torch.stack(state).split(self.num_layers)       # kinds x [layers, B, H]
+        y, hx = self.rnn(x, hx if self.kinds == 2 else hx[0])
+        return y, torch.cat(hx).unbind() if self.kinds == 2 else hx.unbind()
 
     def step(self, x, state):                                # x [B, F]
-        # PERF: T = 1 is acting. torch's cell does it in a third of the time of its sequence kernel (README, Speed).
-        layers = []
-        for i, h in enumerate(zip(*(s.unbind(1) for s in state))):          # h: num_states x [B, H]
-            weights = (getattr(self.rnn, f"{name}_l{i}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
-            h = self.cell(x, h if self.num_states > 1 else h[0], *weights)
-            layers.append(h if self.num_states > 1 else (h,))
-            x = layers[i][0]
-        return x[None], tuple(torch.stack(s, dim=1) for s in zip(*layers))
+        # PERF: acting. For T = 1 torch's cells take a third of the time of its sequence kernels (README, Speed).
+        hs, cs = [], []
+        for i, weights in enumerate(self.rnn.all_weights):
+            if self.kinds == 2:
+                x, c = self.cell(x, (state[i], state[self.num_layers + i]), *weights)
+                cs.append(c)
+            else:
+                x = self.cell(x, state[i], *weights)
+            hs.append(x)
+        return x[None], (*hs, *cs)
+
+
+def forget(state, start):
+    """Zero in the rows that start.   state: tuple of [B, H]; start [B]"""
+    return tuple(s.masked_fill(start[:, None], 0) for s in state)
 
 
 class GRU(RNN):
     """Gated recurrent unit (Cho et al. 2014, https://arxiv.org/abs/1406.1078)."""
 
-    layer, cell, num_states = nn.GRU, staticmethod(torch.gru_cell), 1
+    layer, cell, kinds = nn.GRU, staticmethod(torch.gru_cell), 1
 
 
 class LSTM(RNN):
-    """Long short-term memory (Hochreiter and Schmidhuber 1997). State: h and c."""
+    """Long short-term memory (Hochreiter and Schmidhuber 1997)."""
 
-    layer, cell, num_states = nn.LSTM, staticmethod(torch.lstm_cell), 2
+    layer, cell, kinds = nn.LSTM, staticmethod(torch.lstm_cell), 2
 
 
 class NoMemory(nn.Module):

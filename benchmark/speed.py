@@ -1,0 +1,156 @@
+"""End-to-end training speed, side by side with what a user would take instead.   python benchmark/speed.py --help
+
+    pip install -r benchmark/requirements.txt
+    python benchmark/speed.py --tasks poc cartpole minigrid --repeats 3
+
+Runs ppo_recurrent_sbb.py and sb3-contrib's RecurrentPPO in turn, at equal work: the same vectorised task, network (one LSTM
+for policy and value, then one hidden layer each), rollout, epochs, minibatches, optimiser steps and torch threads. Prints
+steps per second (first update left out: it warms up), the ratio of the medians, and where our time goes.
+--separate-lstm gives RecurrentPPO its default instead, a second LSTM for the critic: more work, but what a user gets.
+"""
+import csv
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+# name: env id, env kwargs, N, T, minibatches, LSTM size, hidden layer, encoder size (images), updates to time
+TASKS = {
+    "poc": ("PocMemory-v0", {}, 16, 128, 8, 32, 64, 0, 16),
+    "cartpole": ("CartPoleMasked-v0", {}, 16, 256, 4, 64, 128, 0, 16),
+    "minigrid": ("MinigridMemory-v0", {}, 16, 256, 8, 256, 512, 512, 1),
+}
+
+
+@dataclass
+class Args:
+    tasks: tuple[str, ...] = ("poc", "cartpole")  # poc, cartpole, minigrid
+    repeats: int = 3  # runs of each, alternating
+    threads: int = 1  # torch threads
+    memory: str = "lstm"  # of ours; RecurrentPPO has the LSTM only
+    separate_lstm: bool = False  # RecurrentPPO's default: a second LSTM for the critic
+    out: str | None = None  # also write the table to this CSV file
+    child: str | None = None  # internal: run RecurrentPPO on this task and print its speed
+
+
+def ours(args, task):
+    """Steps per second and the share of time of each phase, from the run's own progress.csv."""
+    env_id, kwargs, N, T, minibatches, hidden, mlp, encoder, updates = TASKS[task]
+    with tempfile.TemporaryDirectory() as folder:
+        flags = {"env-id": env_id, "env-kwargs": json.dumps(kwargs), "num-envs": N, "num-steps": T, "update-epochs": 4,
+                 "num-minibatches": minibatches, "memory": args.memory, "hidden-size": hidden, "mlp-size": mlp,
+                 "encoder-size": encoder, "seq-len": 8, "total-timesteps": (updates + 1) * N * T, "device": "cpu",
+                 "num-threads": args.threads, "runs-dir": folder, "run-name": "speed"}
+        command = [sys.executable, ROOT / "ppo_recurrent_sbb.py", *(str(x) for k, v in flags.items() for x in (f"--{k}", v))]
+        subprocess.run(command, check=True, capture_output=True)
+        rows = list(csv.DictReader((Path(folder) / "speed" / "progress.csv").open()))[1:]
+    spent = {name: sum(float(row[f"time/{name}"]) for row in rows) for name in ("policy", "env", "batch", "update")}
+    return len(rows) * N * T / sum(spent.values()), {k: v / sum(spent.values()) for k, v in spent.items()}
+
+
+def theirs(args, task):
+    """Steps per second of RecurrentPPO, in a process of its own."""
+    command = [sys.executable, __file__, "--child", task, "--threads", str(args.threads)]
+    command += ["--separate-lstm"] if args.separate_lstm else []
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def run_sb3(args):
+    import gymnasium as gym
+    import torch
+    from sb3_contrib import RecurrentPPO
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.vec_env import VecEnv
+
+    import envs as tasks  # noqa: F401  (registers them)
+
+    class Adapter(VecEnv):
+        """Our vectorised task as stable-baselines3 wants it: it steps the same numpy batch that our script steps."""
+
+        def __init__(self, envs):
+            self.envs = envs
+            super().__init__(envs.num_envs, envs.single_observation_space, envs.single_action_space)
+
+        def reset(self):
+            return self.envs.reset(seed=1)[0]
+
+        def step_async(self, actions):
+            self.actions = actions
+
+        def step_wait(self):
+            obs, reward, terminated, truncated, infos = self.envs.step(self.actions)
+            done, out = terminated | truncated, [{} for _ in range(self.num_envs)]
+            for n in done.nonzero()[0]:
+                out[n] = {"terminal_observation": infos["final_obs"][n], "TimeLimit.truncated": not terminated[n]}
+            return obs, reward, done, out
+
+        def close(self):
+            pass
+
+        def get_attr(self, name, indices=None):
+            return [None] * self.num_envs
+
+        def set_attr(self, name, value, indices=None):
+            pass
+
+        def env_method(self, name, *args, indices=None, **kwargs):
+            return []
+
+        def env_is_wrapped(self, wrapper, indices=None):
+            return [False] * self.num_envs
+
+    class Clock(BaseCallback):
+        times = []
+
+        def _on_rollout_start(self):
+            self.times.append(time.perf_counter())
+
+        def _on_step(self):
+            return True
+
+    torch.set_num_threads(args.threads)
+    env_id, kwargs, N, T, minibatches, hidden, mlp, encoder, updates = TASKS[args.child]
+    envs = gym.make_vec(env_id, N, **kwargs)
+    policy_kwargs = dict(lstm_hidden_size=hidden, net_arch=[mlp], shared_lstm=not args.separate_lstm,
+                         enable_critic_lstm=args.separate_lstm)
+    if encoder:
+        policy_kwargs["features_extractor_kwargs"] = {"features_dim": encoder}
+    model = RecurrentPPO("CnnLstmPolicy" if encoder else "MlpLstmPolicy", Adapter(envs), n_steps=T, n_epochs=4, device="cpu",
+                         seed=1, batch_size=N * T // minibatches, policy_kwargs=policy_kwargs)
+    clock = Clock()
+    model.learn((updates + 1) * N * T, callback=clock)
+    print(updates * N * T / (time.perf_counter() - clock.times[1]))
+
+
+def main():
+    args = tyro.cli(Args)
+    if args.child:
+        return run_sb3(args)
+    rows = []
+    for task in args.tasks:
+        pairs = [(ours(args, task), theirs(args, task)) for _ in range(args.repeats)]          # alternating
+        our_speed = statistics.median(speed for (speed, _), _ in pairs)
+        sb3_speed = statistics.median(speed for _, speed in pairs)
+        share = {k: statistics.median(shares[k] for (_, shares), _ in pairs) for k in pairs[0][0][1]}
+        rows.append({"task": task, "threads": args.threads, "memory": args.memory, "n": args.repeats,
+                     "ours": round(our_speed), "sb3": round(sb3_speed), "ratio": round(our_speed / sb3_speed, 2),
+                     **{f"share_{k}": round(v, 2) for k, v in share.items()}})
+        print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
+    if args.out:
+        with open(args.out, "w", newline="") as f:
+            writer = csv.DictWriter(f, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
