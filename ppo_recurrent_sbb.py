@@ -407,9 +407,9 @@ def train(args, checkpoint=None):
 
     def on_ctrl_c(*_):
         interrupted.append(True)                            # finish the update, save, leave; a second Ctrl-C leaves at once
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, default_handler)
 
-    signal.signal(signal.SIGINT, on_ctrl_c)
+    default_handler = signal.signal(signal.SIGINT, on_ctrl_c)
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True)
     memory_starts = starts if args.reset_state else torch.zeros_like(starts)                # [T, N] when the memory forgets
 
@@ -563,6 +563,7 @@ def train(args, checkpoint=None):
             save()
 
     save()
+    signal.signal(signal.SIGINT, default_handler)
     bar.close()
     writer.close()
     progress.close()
@@ -573,14 +574,14 @@ def train(args, checkpoint=None):
     return run
 
 
-def main():
-    args, saved = tyro.cli(Args), None
+def main(argv=None):
+    args, saved = tyro.cli(Args, args=argv), None
     if args.model:                                          # flags given now override the saved ones
         weights, saved = load_model(args.model)
     elif args.resume:
         checkpoint = load_checkpoint(args.resume)
         saved = load_args(checkpoint["args"])
-    args = tyro.cli(Args, default=saved) if saved else args
+    args = tyro.cli(Args, args=argv, default=saved) if saved else args
     check(args)
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"

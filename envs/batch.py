@@ -41,8 +41,10 @@ class BatchEnv(gym.vector.VectorEnv):
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        rows = np.ones(self.num_envs, bool) if options is None else options.get("reset_mask", np.ones(self.num_envs, bool))
-        self.begin(np.flatnonzero(rows))
+        options = dict(options or {})
+        self.begin(np.flatnonzero(options.pop("reset_mask", np.ones(self.num_envs, bool))))
+        if options:
+            raise ValueError(f"this task has no reset options, but got {options}; its arguments go to gym.make")
         return self.observe(), {}
 
     def step(self, actions):
@@ -91,7 +93,7 @@ class SingleEnv(gym.Env):
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.batch.np_random = self.np_random
-        obs, info = self.batch.reset()
+        obs, info = self.batch.reset(options=options)
         return obs[0], info
 
     def step(self, action):

@@ -10,10 +10,10 @@ from envs.batch import BatchEnv, SingleEnv
 
 
 class CartPoleMaskedBatch(BatchEnv):
-    def __init__(self, num_envs=1, max_episode_steps=200, **kwargs):
+    def __init__(self, num_envs=1, max_steps=200, **kwargs):
         self.cartpole = CartPoleEnv(render_mode="rgb_array")                # its constants, spaces and drawing
         super().__init__(self.cartpole.observation_space, gym.spaces.Discrete(2), num_envs, **kwargs)
-        self.max_episode_steps = max_episode_steps
+        self.max_steps = max_steps
         self.t = np.zeros(num_envs, int)                                    # [N]
         self.state = np.zeros((num_envs, 4))                                # [N, 4] x, x_dot, theta, theta_dot
 
@@ -32,7 +32,7 @@ class CartPoleMaskedBatch(BatchEnv):
         self.state = self.state + c.tau * np.stack([x_dot, x_acc, theta_dot, theta_acc], axis=1)
         self.t += 1
         fell = (np.abs(self.state[:, 0]) > c.x_threshold) | (np.abs(self.state[:, 2]) > c.theta_threshold_radians)
-        truncated = self.t >= self.max_episode_steps
+        truncated = self.t >= self.max_steps
         return np.ones(self.num_envs), fell, truncated, truncated & ~fell
 
     def observe(self):

@@ -3,7 +3,8 @@
 The agent starts in a corridor, must look into the room on the left, remember the object there (key or ball) and at the
 junction on the right turn to the same object. Reward 1 - 0.9 * t / max_steps at the right object, else 0; without
 memory: success 1/2. Actions: 0 turn left, 1 turn right, 2 forward. Observation: RGB uint8 [3 * 28, 3 * 28, 3], or, with
-`rgb=False`, MiniGrid's symbols uint8 [3, 3, 3] (object, colour, state of every cell in view).
+`rgb=False`, MiniGrid's symbols [3, 3, 3] (object, colour and state of every cell in view) as the MultiDiscrete they are:
+as numbers, a key (5) and a ball (6) hardly differ.
 
 MiniGrid's own engine is asked once for every state of the task (a few hundred: layout x position x direction), what
 follows after each action and what the agent sees there; stepping then looks that up for all environments at once.
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
+from minigrid.core.constants import COLOR_TO_IDX, OBJECT_TO_IDX, STATE_TO_IDX
 from minigrid.envs import MemoryEnv
 
 from envs.batch import BatchEnv, SingleEnv
@@ -28,7 +30,7 @@ def enumerate_states(size, view_size, tile_size, random_length, rgb):
     begins      K arrays: the states in which an episode of this layout may begin
     where       [S, 4] layout, x, y, direction
     next_state  [S, 3] and outcome [S, 3]: what an action does
-    seen        [S] which observation a state shows, and views [O, ...] uint8, the observations
+    seen        [S] which observation a state shows, and views [O, ...], the observations
     """
     worlds = {}
     num_layouts = 4 * (size - 6 if random_length else 1)
@@ -49,7 +51,7 @@ def enumerate_states(size, view_size, tile_size, random_length, rgb):
         if state not in index:
             index[state] = len(where)
             where.append(state)
-            view = world.get_frame(tile_size=tile_size, agent_pov=True) if rgb else world.gen_obs()["image"]
+            view = world.get_frame(tile_size=tile_size, agent_pov=True) if rgb else world.gen_obs()["image"].astype(int)
             seen.append(view_index.setdefault(view.tobytes(), len(views)))
             if seen[-1] == len(views):
                 views.append(view)
@@ -84,12 +86,13 @@ def enumerate_states(size, view_size, tile_size, random_length, rgb):
 
 class MinigridMemoryBatch(BatchEnv):
     def __init__(self, num_envs=1, size=9, view_size=3, tile_size=28, rgb=True, random_length=False,
-                 max_episode_steps=None, **kwargs):
+                 max_steps=None, **kwargs):
         self.tables = enumerate_states(size, view_size, tile_size, random_length, rgb)
-        high = 255 if rgb else 10                             # MiniGrid's largest symbol is 10
-        observation_space = gym.spaces.Box(0, high, self.tables.views.shape[1:], np.uint8)
+        shape = self.tables.views.shape[1:]
+        symbols = np.broadcast_to([len(OBJECT_TO_IDX), len(COLOR_TO_IDX), len(STATE_TO_IDX)], shape)
+        observation_space = gym.spaces.Box(0, 255, shape, np.uint8) if rgb else gym.spaces.MultiDiscrete(symbols)
         super().__init__(observation_space, gym.spaces.Discrete(3), num_envs, **kwargs)
-        self.max_episode_steps = max_episode_steps or 5 * size**2
+        self.max_steps = max_steps or 5 * size**2
         self.t, self.state = np.zeros(num_envs, int), np.zeros(num_envs, int)              # [N] each
 
     def begin(self, rows):
@@ -103,11 +106,11 @@ class MinigridMemoryBatch(BatchEnv):
         self.state = self.tables.next_state[at]
         self.t += 1
         success = outcome == SUCCESS
-        reward = np.where(success, 1 - 0.9 * self.t / self.max_episode_steps, 0.0)
-        return reward, outcome > 0, self.t >= self.max_episode_steps, success
+        reward = np.where(success, 1 - 0.9 * self.t / self.max_steps, 0.0)
+        return reward, outcome > 0, self.t >= self.max_steps, success
 
     def observe(self):
-        return self.tables.views[self.tables.seen[self.state]]                             # [N, ...] uint8
+        return self.tables.views[self.tables.seen[self.state]]                             # [N, ...]
 
     def world(self, i):
         layout, x, y, direction = self.tables.where[self.state[i]]

@@ -4,7 +4,7 @@ A line of 11 cells, positions -1, -.8, ... 1. One end is good (+1), the other ba
 first three observations only. Observation (3): left goal, position, right goal; the goals read 0 once hidden.
 Actions: 0 left, 1 right. Nothing moves during the two show steps (`freeze`), reward 0. Then each move costs .1, the good
 end gives 1 + 6 * .1 = 1.6, the bad end -1.6, and both end the episode. The original has no time limit; here an episode is
-truncated after `max_episode_steps`.
+truncated after `max_steps`.
 
 The first move is still made with the goals in view, so even without memory success can reach 0.7, no more: from cells
 -1, 0, 1 both goals are equally likely, whatever the policy; from +-2, +-3 (2 of 5 starts) the first move gave the goal away.
@@ -18,9 +18,9 @@ SHOW_STEPS, END, STEP_PENALTY, GOAL_REWARD = 2, 5, 0.1, 1.6      # END: the oute
 
 
 class PocMemoryBatch(BatchEnv):
-    def __init__(self, num_envs=1, freeze=True, max_episode_steps=100, **kwargs):
+    def __init__(self, num_envs=1, freeze=True, max_steps=100, **kwargs):
         super().__init__(gym.spaces.Box(-1.0, 1.0, (3,), np.float32), gym.spaces.Discrete(2), num_envs, **kwargs)
-        self.freeze, self.max_episode_steps = freeze, max_episode_steps
+        self.freeze, self.max_steps = freeze, max_steps
         self.t, self.cell, self.good_end = (np.zeros(num_envs, int) for _ in range(3))     # [N] each
 
     def begin(self, rows):
@@ -35,7 +35,7 @@ class PocMemoryBatch(BatchEnv):
         terminated = np.abs(self.cell) == END
         side = self.cell * self.good_end                                                   # END: good end, -END: bad end
         reward = np.where(terminated, GOAL_REWARD / END * side, -STEP_PENALTY * moves)
-        return reward, terminated, self.t >= self.max_episode_steps, side == END
+        return reward, terminated, self.t >= self.max_steps, side == END
 
     def observe(self):
         goals = self.good_end * (self.t <= SHOW_STEPS)

@@ -1,0 +1,286 @@
+"""The tasks: dynamics against their sources, one batch = many singles, seeding, autoreset, rendering, adapters."""
+import importlib.util
+import os
+import subprocess
+import sys
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.envs.classic_control import CartPoleEnv
+from gymnasium.utils.env_checker import check_env
+from gymnasium.vector import AutoresetMode
+from minigrid.envs import MemoryEnv
+from minigrid.wrappers import RGBImgPartialObsWrapper
+
+from envs.memory_gym import TASKS as MEMORY_GYM
+from envs.wrappers import PreviousActionReward, ResetOptions
+
+OURS = [("PocMemory-v0", {}), ("PocMemory-v0", {"freeze": False, "max_steps": 9}), ("CartPoleMasked-v0", {}),
+        ("MinigridMemory-v0", {}), ("MinigridMemory-v0", {"rgb": False}),
+        ("MinigridMemory-v0", {"rgb": False, "size": 13, "random_length": True})]
+ours = pytest.mark.parametrize("env_id, kwargs", OURS)
+
+
+@ours
+@pytest.mark.filterwarnings("ignore:.*A Box observation space m.*infinity")
+def test_gymnasiums_checker_is_content(env_id, kwargs):
+    check_env(gym.make(env_id, **kwargs).unwrapped)
+
+
+@ours
+def test_same_seed_same_episodes_another_seed_others(env_id, kwargs):
+    def play(seed):
+        envs = gym.make_vec(env_id, 3, **kwargs)
+        out, actions = [envs.reset(seed=seed)[0]], np.random.default_rng(0)
+        for _ in range(150):
+            obs, reward, *_ = envs.step(actions.integers(envs.single_action_space.n, size=3))
+            np.random.seed(len(out))                        # the global generator must not matter
+            out += [obs, reward]
+        return [x.tolist() for x in out]
+
+    assert play(1) == play(1) != play(2)
+
+
+@ours
+def test_the_batch_equals_single_environments_step_by_step(env_id, kwargs):
+    envs = gym.make_vec(env_id, 4, **kwargs)
+    obs, _ = envs.reset(seed=5)
+    singles = [gym.make(env_id, **kwargs) for _ in range(4)]
+    for i, env in enumerate(singles):                       # each single takes over row i of the batch
+        env.reset(seed=0)
+        for name, value in envs.state_dict().items():
+            if name != "np_random":
+                getattr(env.unwrapped.batch, name)[...] = value[i : i + 1]
+    actions, alive = np.random.default_rng(0), set(range(4))
+    for _ in range(1000):
+        action = actions.integers(envs.single_action_space.n, size=4)
+        obs, reward, terminated, truncated, infos = envs.step(action)
+        for i in sorted(alive):
+            o, r, te, tr, info = singles[i].step(action[i])
+            assert (r, te, tr) == (reward[i], terminated[i], truncated[i])
+            if te or tr:                                    # from here on the batch plays its next episode
+                np.testing.assert_array_equal(o, infos["final_obs"][i])
+                assert info["success"] == infos["final_info"]["success"][i]
+                alive.discard(i)
+            else:
+                np.testing.assert_array_equal(o, obs[i])
+    assert not alive
+
+
+@ours
+def test_a_saved_batch_continues_to_the_bit(env_id, kwargs):
+    envs, copy = gym.make_vec(env_id, 3, **kwargs), gym.make_vec(env_id, 3, **kwargs)
+    envs.reset(seed=1), copy.reset(seed=2)
+    actions = np.random.default_rng(0).integers(2, size=(300, 3))
+    for a in actions[:40]:
+        envs.step(a)
+    copy.load_state_dict(envs.state_dict())
+    for a in actions[40:]:
+        for x, y in zip(envs.step(a)[:4], copy.step(a)[:4]):
+            np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("env_id", ["PocMemory-v0", "CartPoleMasked-v0"])
+def test_no_phantom_transition(env_id):
+    """SAME_STEP: the step that ends an episode returns the next one's first observation, and no step is wasted."""
+    envs = gym.make_vec(env_id, 2, max_steps=7)
+    assert envs.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP
+    envs.reset(seed=0)
+    ends = [t for t in range(1, 71) if envs.step(np.array([t % 2, t % 2]))[3].all()]
+    assert ends == list(range(7, 71, 7))
+    with pytest.raises(ValueError, match="autoreset_mode"):
+        gym.make_vec(env_id, 2, autoreset_mode="NextStep")
+
+
+def test_poc_memory_dynamics():
+    env = gym.make("PocMemory-v0", render_mode="ansi")
+    seen = set()
+    for seed in range(40):
+        obs, _ = env.reset(seed=seed)
+        good = 1 if obs[2] > 0 else 0                       # action that leads to the good end
+        sign = 1 if seed % 2 else -1                        # go to the good end, or to the bad one
+        action = good if sign > 0 else 1 - good
+        assert abs(obs[0]) == 1 and obs[0] == -obs[2] and abs(obs[1]) <= 0.4 + 1e-6
+        seen.add((round(float(obs[1]), 1), good))
+        start = obs[1]
+        for _ in range(2):                                  # frozen, goals in view
+            obs, reward, terminated, truncated, info = env.step(1)
+            assert obs[1] == start and abs(obs[0]) == 1 and reward == 0 and not terminated and not info
+        distance, moves = round(5 * (1 - start if action else 1 + start)), 0
+        while not terminated:
+            obs, reward, terminated, truncated, info = env.step(action)
+            moves += 1
+            assert obs[0] == obs[2] == 0                    # hidden
+            assert reward == pytest.approx(-0.1 if not terminated else 1.6 * sign)
+        assert moves == distance and info["success"] == (sign > 0) and not truncated
+    assert seen == {(p, g) for p in (-0.4, -0.2, 0.0, 0.2, 0.4) for g in (0, 1)}
+
+
+def test_poc_memory_without_memory_reaches_0_7_at_most():
+    """Every deterministic memoryless policy on the hidden cells, exactly: the bound stated in envs/poc_memory.py."""
+    best = 0
+    for bits in range(2**9):
+        goes_right = {cell: bits >> (cell + 4) & 1 for cell in range(-4, 5)}
+        wins = 0
+        for first in range(-2, 3):
+            for good in (-1, 1):
+                cell, steps = first + good, 0               # the first move is made with the goals in view
+                while abs(cell) < 5 and steps < 100:
+                    cell, steps = cell + (1 if goes_right[cell] else -1), steps + 1
+                wins += cell == 5 * good
+        best = max(best, wins / 10)
+    assert best == 0.7
+
+
+def test_cartpole_equals_gymnasiums_with_velocities_hidden():
+    envs, reference = gym.make_vec("CartPoleMasked-v0", 1), CartPoleEnv()
+    actions, t = np.random.default_rng(0), 0
+    envs.reset(seed=0), reference.reset(seed=0)
+    reference.state = envs.state[0].copy()
+    for _ in range(300):
+        action = actions.integers(2, size=1)
+        obs, reward, terminated, truncated, infos = envs.step(action)
+        t += 1
+        ref_obs, ref_reward, ref_terminated, _, _ = reference.step(int(action[0]))
+        assert (reward[0], terminated[0], truncated[0]) == (ref_reward, ref_terminated, t == 200)
+        obs = infos["final_obs"][0] if terminated[0] else obs[0]
+        np.testing.assert_allclose(obs, ref_obs * [1, 0, 1, 0], rtol=1e-6)
+        if terminated[0]:
+            reference.reset(), setattr(reference, "state", envs.state[0].copy())
+            t = 0
+
+
+def test_cartpole_success_is_standing_for_200_steps():
+    envs = gym.make_vec("CartPoleMasked-v0", 1)
+    envs.reset(seed=0)
+    envs.state[:], envs.t[:] = 0, 199
+    *_, terminated, truncated, infos = envs.step(np.array([0]))
+    assert truncated[0] and not terminated[0] and infos["final_info"]["success"][0]
+
+
+@pytest.mark.parametrize("rgb", [True, False])
+@pytest.mark.parametrize("size, random_length", [(9, False), (13, True)])
+def test_minigrid_memory_equals_the_engine(rgb, size, random_length):
+    env = gym.make("MinigridMemory-v0", size=size, rgb=rgb, random_length=random_length)
+    actions, outcomes = np.random.default_rng(0), set()
+    for seed in range(12):
+        obs, _ = env.reset(seed=seed)
+        batch = env.unwrapped.batch
+        layout, x, y, direction = batch.tables.where[batch.state[0]]
+        engine = MemoryEnv(size=size, agent_view_size=3, random_length=random_length)
+        view = RGBImgPartialObsWrapper(engine, tile_size=28) if rgb else engine
+        view.reset(seed=seed)
+        engine.grid, world = batch.tables.worlds[layout].grid.copy(), batch.tables.worlds[layout]
+        engine.success_pos, engine.failure_pos = world.success_pos, world.failure_pos
+        engine.agent_pos, engine.agent_dir = np.array((x, y)), int(direction)
+        np.testing.assert_array_equal(obs, view.observation(engine.gen_obs())["image"] if rgb else engine.gen_obs()["image"])
+        for _ in range(5 * size**2):
+            action = actions.choice(3, p=[0.2, 0.2, 0.6])
+            obs, reward, terminated, truncated, info = env.step(action)
+            ref_obs, ref_reward, ref_terminated, ref_truncated, _ = view.step(action)
+            np.testing.assert_array_equal(obs, ref_obs["image"])
+            assert (terminated, truncated) == (ref_terminated, ref_truncated) and reward == pytest.approx(ref_reward)
+            if terminated or truncated:
+                outcomes.add((terminated, info["success"]))
+                assert info["success"] == (ref_reward > 0)
+                break
+    assert {(True, True), (True, False)} <= outcomes
+
+
+def test_minigrid_memory_draws_what_the_engine_draws():
+    """All layouts and start positions, equally likely, as MemoryEnv._gen_grid draws them."""
+    envs = gym.make_vec("MinigridMemory-v0", 4000, rgb=False)
+    envs.reset(seed=0)
+    where = envs.tables.where[envs.state]
+    layouts, positions = np.bincount(where[:, 0]) / 4000, np.bincount(where[:, 1])[1:] / 4000
+    assert len(layouts) == 4 and len(positions) == 6        # 2 x 2 objects; cells 1 to hallway_end = 6
+    np.testing.assert_allclose(layouts, 1 / 4, atol=0.03)
+    np.testing.assert_allclose(positions, 1 / 6, atol=0.03)
+    assert (where[:, 2:] == [4, 0]).all()                   # in the middle row, looking right
+
+
+@pytest.mark.parametrize("env_id", ["PocMemory-v0", "CartPoleMasked-v0", "MinigridMemory-v0"])
+def test_rendering(env_id):
+    env = gym.make(env_id, render_mode="ansi")
+    env.reset(seed=0)
+    first = env.render()
+    env.step(0), env.step(0), env.step(0)
+    assert isinstance(first, str) and first != env.render()
+    env = gym.make(env_id, render_mode="rgb_array")
+    env.reset(seed=0)
+    first = env.render()
+    env.step(0), env.step(0), env.step(0)
+    assert first.dtype == np.uint8 and first.ndim == 3 and first.shape[2] == 3 and (first != env.render()).any()
+
+
+@ours
+def test_reset_options_are_refused_where_there_are_none(env_id, kwargs):
+    with pytest.raises(ValueError, match="no reset options"):
+        gym.make(env_id, **kwargs).reset(options={"size": 3})
+
+
+def test_previous_action_and_reward_are_observed():
+    envs = PreviousActionReward(gym.make_vec("PocMemory-v0", 2, max_steps=5), action=True, reward=True)
+    assert envs.single_observation_space[1] == gym.spaces.Discrete(3, start=-1)
+    obs, _ = envs.reset(seed=0)
+    assert obs in envs.observation_space and obs[1].tolist() == [-1, -1] and obs[2].tolist() == [0, 0]
+    for t in range(1, 11):
+        action = np.array([t % 2, 1 - t % 2])
+        obs, reward, terminated, truncated, infos = envs.step(action)
+        assert obs in envs.observation_space
+        if t % 5 == 0:                                      # the last step is in final_obs, the next episode knows nothing
+            assert [infos["final_obs"][i][1] for i in (0, 1)] == action.tolist()
+            assert [infos["final_obs"][i][2] for i in (0, 1)] == pytest.approx(reward)
+            action, reward = np.array([-1, -1]), np.zeros(2)
+        assert obs[1].tolist() == action.tolist() and obs[2] == pytest.approx(reward)
+
+
+def test_previous_action_of_multi_discrete_and_box():
+    for env_id, none in (("popgym-BattleshipEasy-v0", [[-1, -1]] * 2), ("popgym-PositionOnlyPendulumEasy-v0", [[0.0]] * 2)):
+        same_step = {"autoreset_mode": AutoresetMode.SAME_STEP}
+        envs = PreviousActionReward(gym.make_vec(env_id, 2, "sync", same_step), action=True, reward=False)
+        obs, _ = envs.reset(seed=0)
+        assert len(obs) == 2 and obs[1].tolist() == none and obs in envs.observation_space
+        action = envs.action_space.sample()
+        assert envs.step(action)[0][1].tolist() == action.tolist()
+
+
+needs_memory_gym = pytest.mark.skipif(importlib.util.find_spec("memory_gym") is None,
+                                      reason="Memory Gym is missing: pip install --no-deps memory-gym==1.0.2")
+
+
+@needs_memory_gym
+@pytest.mark.parametrize("env_id", MEMORY_GYM)
+def test_memory_gym_by_its_own_names(env_id):
+    for _ in range(2):                                      # importing memory_gym must not take the names from us
+        env = gym.make(env_id)
+        obs, _ = env.reset(seed=1)
+        kept = {k: v.copy() for k, v in obs.items()} if isinstance(obs, dict) else {0: obs.copy()}
+        for _ in range(12):
+            assert isinstance(env.step(env.action_space.sample())[1], float)
+        for k, v in kept.items():
+            np.testing.assert_array_equal(v, obs[k] if isinstance(obs, dict) else obs)
+
+
+@needs_memory_gym
+def test_memory_gym_reset_options():
+    env = ResetOptions(gym.make("MortarMayhem-Grid-v0"), {"command_count": [2], "explosion_delay": [3]})
+    for _ in range(2):                                      # the second, plain reset has them too
+        env.reset()
+        assert env.unwrapped.num_commands == 2
+    with pytest.raises(ValueError, match="not valid"):
+        gym.make("MortarMayhem-Grid-v0").reset(options={"comand_count": [2]})
+
+
+def test_memory_gym_missing_is_one_sentence():
+    code = ("import sys; sys.modules['memory_gym'] = None; import gymnasium as gym, envs; "
+            "gym.make('MortarMayhem-Grid-v0')")
+    error = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr
+    assert "MortarMayhem-Grid-v0 needs Memory Gym: pip install --no-deps memory-gym==1.0.2" in error
+
+
+def test_sdl_is_left_alone_until_a_memory_gym_task_is_made():
+    code = "import os, envs; print('SDL_VIDEODRIVER' in os.environ, 'SDL_AUDIODRIVER' in os.environ)"
+    env = {k: v for k, v in os.environ.items() if not k.startswith("SDL")}
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env).stdout == "False False\n"

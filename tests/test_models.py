@@ -1,0 +1,152 @@
+"""Encoders for every space, heads against torch.distributions, running statistics against numpy."""
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from gymnasium.vector.utils import batch_space
+
+from models import Encoder, PolicyHead, RunningMeanStd, to_tensors
+from models.encoder import distinct
+
+SPACES = {
+    "vector": (spaces.Box(-1, 1, (5,), np.float32), 5),
+    "float64": (spaces.Box(-1, 1, (2, 3), np.float64), 6),
+    "scalar": (spaces.Box(-1, 1, (), np.float32), 1),
+    "nature HWC": (spaces.Box(0, 255, (84, 84, 3), np.uint8), 3136),
+    "nature CHW": (spaces.Box(0, 255, (4, 84, 84), np.uint8), 3136),
+    "small HWC": (spaces.Box(0, 10, (3, 3, 3), np.uint8), 64),
+    "small CHW": (spaces.Box(0, 255, (3, 7, 7), np.uint8), 256),
+    "discrete": (spaces.Discrete(4, start=-1), 4),
+    "multi-discrete": (spaces.MultiDiscrete([2, 5, 3]), 10),
+    "multi-discrete 2d": (spaces.MultiDiscrete([[2, 5], [3, 3]]), 13),
+    "multi-binary": (spaces.MultiBinary(6), 6),
+    "tuple": (spaces.Tuple([spaces.Discrete(2), spaces.Box(-1, 1, (3,), np.float32)]), 5),
+    "dict": (spaces.Dict(b=spaces.Discrete(2), a=spaces.Dict(x=spaces.MultiBinary(2), y=spaces.Discrete(3))), 7),
+}
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_encoder_encodes_every_space_at_any_leading_shape(name):
+    space, width = SPACES[name]
+    encoder, sized = Encoder(space), Encoder(space, size=9)
+    batched = batch_space(space, 6)
+    batched.seed(0)
+    obs = to_tensors(space, batched.sample(), "cpu")                            # leaves of [6, ...]
+    features = encoder(obs)
+    assert features.shape == (6, width) == (6, encoder.out_size) and features.dtype == torch.float32
+    assert sized(obs).shape == (6, 9)
+    as_sequence = encoder(tuple(o.view(3, 2, *o.shape[1:]) for o in obs))
+    torch.testing.assert_close(as_sequence, features.view(3, 2, width))         # [T, B, ...] is encoded step by step
+    assert (features[0] != features[1]).any() or name in ("discrete", "multi-binary")
+
+
+def test_one_hots_are_one_hot():
+    encoder = Encoder(spaces.MultiDiscrete([2, 3], start=[0, 5]))
+    out = encoder((torch.tensor([[1, 5], [0, 7]]),))
+    assert out.tolist() == [[0, 1, 1, 0, 0], [1, 0, 0, 0, 1]]
+    out = Encoder(spaces.Discrete(3, start=-1))((torch.tensor([-1, 1]),))
+    assert out.tolist() == [[1, 0, 0], [0, 0, 1]]
+
+
+def test_leaves_keep_the_order_of_the_space():
+    space = spaces.Dict(z=spaces.Discrete(2), a=spaces.Discrete(9))
+    obs = to_tensors(space, {"a": np.array([7]), "z": np.array([1])}, "cpu")    # whatever order the environment uses
+    assert [int(o) for o in obs] == [1, 7]
+
+
+@pytest.mark.parametrize("space", [spaces.Text(5), spaces.Dict(m=spaces.Text(5)), spaces.Sequence(spaces.Discrete(2))])
+def test_unsupported_observations_are_named(space):
+    with pytest.raises(ValueError, match="not supported"):
+        Encoder(space)
+
+
+def test_encoding_each_distinct_image_once_changes_neither_values_nor_gradients():
+    torch.manual_seed(0)
+    encoder = Encoder(spaces.Box(0, 255, (8, 8, 3), np.uint8))
+    images = torch.randint(256, (4, 8, 8, 3), dtype=torch.uint8)[torch.randint(4, (30,))]
+    images[7, 0, 0, 0] += 1                                                     # differs in one pixel
+    kept, where = distinct(images)
+    assert len(kept) == len(images.flatten(1).unique(dim=0)) and (kept[where] == images).all()
+    weight = torch.randn(30, encoder.out_size)
+    plain = encoder.leaves[0].cnn(images.permute(0, 3, 1, 2) / 255)
+    torch.testing.assert_close(encoder((images,)), plain)
+    for p in encoder.parameters():
+        once, each = (torch.autograd.grad((y * weight).sum(), p)[0] for y in (
+            encoder((images,)), encoder.leaves[0].cnn(images.permute(0, 3, 1, 2) / 255)))
+        torch.testing.assert_close(once, each, rtol=1e-4, atol=1e-4)
+
+
+def test_categorical_agrees_with_torch():
+    torch.manual_seed(0)
+    head = PolicyHead(5, spaces.Discrete(4))
+    head.linear.weight.data.mul_(100)
+    y = torch.randn(3, 2, 5)
+    ours, ref = head(y), torch.distributions.Categorical(logits=head.linear(y))
+    action = ref.sample()
+    torch.testing.assert_close(ours.log_prob(action), ref.log_prob(action))
+    torch.testing.assert_close(ours.entropy(), ref.entropy())
+    assert (ours.mode() == ref.probs.argmax(-1)).all()
+    counts = torch.stack([head(y[:1, :1]).sample() for _ in range(4000)]).flatten().bincount(minlength=4) / 4000
+    torch.testing.assert_close(counts, ref.probs[0, 0], rtol=0, atol=0.03)      # 4 standard errors
+
+
+def test_multi_categorical_is_the_product_of_its_branches():
+    torch.manual_seed(0)
+    head = PolicyHead(5, spaces.MultiDiscrete([2, 3]))
+    head.linear.weight.data.mul_(100)
+    y = torch.randn(7, 5)
+    refs = [torch.distributions.Categorical(logits=x) for x in head.linear(y).split([2, 3], -1)]
+    action = head(y).sample()
+    assert action.shape == (7, 2)
+    torch.testing.assert_close(head(y).log_prob(action), sum(r.log_prob(a) for r, a in zip(refs, action.T)))
+    torch.testing.assert_close(head(y).entropy(), sum(r.entropy() for r in refs))
+
+
+def test_gaussian_agrees_with_torch_and_actions_are_clipped_for_the_environment():
+    torch.manual_seed(0)
+    head = PolicyHead(5, spaces.Box(-0.1, 0.1, (3,), np.float32))
+    y = torch.randn(7, 5)
+    ref = torch.distributions.Normal(head.linear(y), 1.0)
+    action = head(y).sample()
+    torch.testing.assert_close(head(y).log_prob(action), ref.log_prob(action).sum(-1))
+    torch.testing.assert_close(head(y).entropy(), ref.entropy().sum(-1))
+    assert action.abs().max() > 0.1 and np.abs(head.to_env(action)).max() <= np.float32(0.1)
+
+
+def test_integer_actions_begin_where_the_space_does():
+    head = PolicyHead(5, spaces.Discrete(3, start=4))
+    assert head.to_env(torch.tensor([0, 2])).tolist() == [4, 6]
+
+
+@pytest.mark.parametrize("space", [spaces.MultiBinary(3), spaces.Dict(a=spaces.Discrete(2))])
+def test_unsupported_actions_are_named(space):
+    with pytest.raises(ValueError, match="not supported"):
+        PolicyHead(5, space)
+
+
+def test_running_statistics_equal_numpys():
+    torch.manual_seed(0)
+    stats, data = RunningMeanStd(3), torch.randn(50, 4, 3) * torch.tensor([1.0, 5.0, 0.1]) + 2
+    for piece in data.split([7, 13, 30]):
+        stats.update(piece)
+    flat = data.reshape(-1, 3).double().numpy()
+    np.testing.assert_allclose(stats.mean, flat.mean(0))
+    np.testing.assert_allclose(stats.var, flat.var(0))
+    assert stats.normalize(data).std().item() == pytest.approx(1, abs=0.01)
+    assert len(stats.state_dict()) == 3                                         # they travel with the model
+
+
+def test_encoder_normalises_vectors_only_and_only_when_asked():
+    space = spaces.Tuple([spaces.Box(-9, 9, (2,), np.float32), spaces.Discrete(2)])
+    obs = (torch.randn(100, 2) * 5 + 3, torch.randint(2, (100,)))
+    for normalize in (False, True):
+        encoder = Encoder(space, normalize=normalize)
+        encoder.update_stats(obs)
+        out = encoder(obs)
+        assert abs(out[:, :2].mean().item()) < 0.01 if normalize else (out[:, :2] == obs[0]).all()
+        assert (out[:, 2:].sum(-1) == 1).all()
+
+
+def test_gym_is_recent_enough_for_same_step_autoreset():
+    assert gym.vector.AutoresetMode.SAME_STEP.value == "SameStep"
