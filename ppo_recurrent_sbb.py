@@ -99,7 +99,7 @@ def make_envs(args, num_envs, play=False, render_mode=None):
     """Environments for training, which reset in the step that ends an episode, or to play in, which wait for reset()."""
     kwargs, options = json.loads(args.env_kwargs), json.loads(args.reset_options)
     # PITFALL: Gymnasium >= 1.0 resets on the *next* step by default, which puts a phantom transition (action ignored,
-    #   reward 0) between episodes: every episode one step too long. Test: test_envs.py::test_no_phantom_transition.
+    #   reward 0) between episodes. Symptom: episodes one step too long. Test: test_envs.py::test_no_phantom_transition.
     autoreset = gym.vector.AutoresetMode.DISABLED if play else gym.vector.AutoresetMode.SAME_STEP
     try:
         envs, spec = None, gym.make(args.env_id, **kwargs).spec
@@ -139,7 +139,8 @@ class Agent(nn.Module):
         x = self.encoder(obs)                               # [T, B, F] or [M, F]
         if mask is not None:
             # KNOWN BUG (recurrent-ppo readme): reshape to (L, b) what is ordered (b, L). Symptom: no better than a random
-            #   agent for any L > 1. Here: steps go where the mask says. Test: test_classic_bug_reshape.
+            #   agent for any L > 1. Here: steps go where the mask says.
+            #   Test: test_ppo_recurrent_sbb.py::test_classic_bug_reshape.
             x = x.new_zeros(*mask.shape, x.shape[-1]).index_put_((mask,), x)                # [L, b, F]
         y, state = self.memory(x, state, start)             # [T, B, H]
         y = y if mask is None else y[mask]                  # [M, H]
@@ -176,7 +177,7 @@ def cut_segments(starts, L):
     first = cut.T.flatten().nonzero().flatten()             # [S] where segments begin if columns are laid end to end
     length = first.diff(append=first.new_tensor([T * N]))   # [S]
     # KNOWN BUG (recurrent-ppo buffer.py:161): pads to the longest *episode*, not segment. Symptom: same loss, 25 times the
-    #   work (L = 8, 200-step episodes). Here: rows <= L. Test: test_ppo_recurrent_sbb.py::test_segments_partition.
+    #   work (L = 8, 200-step episodes). Here: rows <= L. Test: test_ppo_recurrent_sbb.py::test_segments_partition_the_rollout.
     offset = torch.arange(int(length.max()), device=device)[:, None]                        # [rows, 1]
     return (first + offset).clamp(max=T * N - 1) % T, first // T, offset < length           # [rows, S], [S], [rows, S]
 
@@ -224,11 +225,13 @@ def add_time(obs):
 
 def enjoy(args, weights):
     """Plays --episodes of the task, one after the other; prints text frames or writes a GIF beside the model."""
-    modes = gym.make(args.env_id, **json.loads(args.env_kwargs)).metadata.get("render_modes", [])
+    envs = make_envs(args, 1, play=True)
+    modes = envs.metadata.get("render_modes", [])
     render_mode = args.render_mode or ("ansi" if "ansi" in modes else "none")
-    if render_mode != "none" and render_mode not in modes and not (render_mode == "human" and "rgb_array" in modes):
-        fail(f"--render-mode {render_mode} is not one of {args.env_id}'s: {', '.join(modes) or 'it has none'}")
-    envs = make_envs(args, 1, play=True, render_mode=None if render_mode == "none" else render_mode)
+    if render_mode != "none":
+        if render_mode not in modes and not (render_mode == "human" and "rgb_array" in modes):
+            fail(f"--render-mode {render_mode} is not one of {args.env_id}'s: {', '.join(modes) or 'none'}")
+        envs = make_envs(args, 1, play=True, render_mode=render_mode)
     agent, frames = make_agent(args, envs), []
     load_weights(agent, weights, f"--model {args.model}")
     show = {"ansi": lambda: print(envs.render()[0]), "rgb_array": lambda: frames.append(envs.render()[0])}

@@ -38,7 +38,7 @@ class Args:
     threads: int = 1  # torch threads
     memory: str = "lstm"  # of ours; RecurrentPPO has the LSTM only
     separate_lstm: bool = False  # RecurrentPPO's default: a second LSTM for the critic
-    out: str | None = None  # also write the table to this CSV file
+    out: str | None = None  # also append the table to this CSV file
     child: str | None = None  # internal: run RecurrentPPO on this task and print its speed
 
 
@@ -141,14 +141,17 @@ def main():
         our_speed = statistics.median(speed for (speed, _), _ in pairs)
         sb3_speed = statistics.median(speed for _, speed in pairs)
         share = {k: statistics.median(shares[k] for (_, shares), _ in pairs) for k in pairs[0][0][1]}
-        rows.append({"task": task, "threads": args.threads, "memory": args.memory, "n": args.repeats,
+        rows.append({"task": task, "threads": args.threads, "memory": args.memory, "separate_lstm": args.separate_lstm,
+                     "n": args.repeats,
                      "ours": round(our_speed), "sb3": round(sb3_speed), "ratio": round(our_speed / sb3_speed, 2),
                      **{f"share_{k}": round(v, 2) for k, v in share.items()}})
         print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
     if args.out:
-        with open(args.out, "w", newline="") as f:
+        new = not Path(args.out).exists()
+        with open(args.out, "a", newline="") as f:
             writer = csv.DictWriter(f, rows[0])
-            writer.writeheader()
+            if new:
+                writer.writeheader()
             writer.writerows(rows)
 
 

@@ -1,11 +1,11 @@
 """ppo_recurrent_sbb.py: its pure functions, the invariant of recurrent PPO and the bugs it catches, resume, bad input."""
 import csv
-import dataclasses
 import importlib.util
 import json
 import os
 import random
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import ppo_recurrent_sbb as ppo
 from models import MEMORIES
 
 SMALL = dict(env_kwargs='{"max_steps": 11}', num_envs=4, num_steps=32, total_timesteps=4 * 32 * 3, num_minibatches=3,
-             hidden_size=8, mlp_size=8, seq_len=5, learning_rate=(1e-2,), update_epochs=2, device="cpu")
+             hidden_size=8, mlp_size=8, seq_len=5, learning_rate=(1e-2,), ent_coef=(1e-3,), update_epochs=2, device="cpu")
 
 
 def run(tmp_path, script=ppo, resume_from=None, **changes):
@@ -109,13 +109,10 @@ def planted(tmp_path, *replacements):
     for old, new in replacements:
         assert source.count(old) == 1, f"the script no longer contains {old!r}"
         source = source.replace(old, new)
-    path = tmp_path / "ppo_recurrent_sbb_planted.py"
+    path = tmp_path / "ppo_recurrent_sbb.py"
     path.write_text(source)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    module.__dict__["dataclass"] = dataclasses.dataclass
-    import sys
-    sys.modules[path.stem] = module
+    spec = importlib.util.spec_from_file_location("planted", path)
+    sys.modules["planted"] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
@@ -163,7 +160,6 @@ def agent_and_batch(memory="lstm", **changes):
     when, env, mask = ppo.cut_segments(starts, 6)
     state = tuple(torch.randn(len(env), *s.shape[1:], dtype=torch.float64) for s in agent.memory.initial_state(1))
     index, start = (when * N + env)[mask], starts[when, env] & mask
-    agent.encoder.forward_dtype = torch.float64
     return agent, obs, index, state, start, mask
 
 
@@ -190,7 +186,7 @@ def test_padding_can_hold_anything(memory):
 
 def test_gradient_stops_at_the_segments_edge():
     """Truncated BPTT: a step's output depends on the inputs of its own segment up to itself, and on nothing else."""
-    agent, obs, index, state, start, mask = agent_and_batch("gru")
+    agent, obs, index, state, start, mask = agent_and_batch("gru", mlp_size=64)
     agent.encoder = nn.Identity()
     real = obs.flatten(0, 1)[index].requires_grad_()
     _, value, _ = agent(real, state, start, mask)
@@ -278,7 +274,8 @@ def test_run_folder_holds_what_design_says(tmp_path):
         assert f.metadata()["script"] == "ppo_recurrent_sbb" and f.metadata()["global_step"] == "384"
 
 
-FLAGS = [x for k, v in {**SMALL, "learning_rate": "1e-2"}.items() for x in (f"--{k.replace('_', '-')}", str(v))]
+AS_TEXT = {**SMALL, "learning_rate": "1e-2", "ent_coef": "1e-3"}
+FLAGS = [x for k, v in AS_TEXT.items() for x in (f"--{k.replace('_', '-')}", str(v))]
 
 
 def wait_for(path, seconds=120):
@@ -327,7 +324,9 @@ def test_enjoy(tmp_path, capsys):
     ppo.main(["--model", str(folder / "model.safetensors"), "--episodes", "1", "--render-mode", "rgb_array"])
     assert (folder / "model.gif").stat().st_size > 0
     with pytest.raises(SystemExit):
-        ppo.main(["--model", str(folder / "model.safetensors"), "--render-mode", "rgb_array", "--env-id", "popgym-RepeatFirstEasy-v0"])
+        ppo.main(["--model", str(folder / "model.safetensors"), "--render-mode", "ansi", "--env-id", "CartPole-v1",
+                  "--env-kwargs", "{}"])
+    assert "--render-mode ansi is not one of CartPole-v1's: human, rgb_array" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("env_id", ["popgym-RepeatPreviousEasy-v0", "popgym-AutoencodeEasy-v0", "popgym-CountRecallEasy-v0",
@@ -394,6 +393,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, capsys, flags):
 def test_files_of_others_are_refused(tmp_path, capsys):
     _, folder = run(tmp_path)
     model, checkpoint = folder / "model.safetensors", folder / "checkpoint.pt"
+    capsys.readouterr()
 
     def refused(*argv):
         with pytest.raises(SystemExit) as stop:
@@ -405,8 +405,7 @@ def test_files_of_others_are_refused(tmp_path, capsys):
     data = model.read_bytes()
     model.write_bytes(data[: len(data) // 2])                                   # torn in transfer
     assert "not a readable safetensors file" in refused("--model", str(model))
-    weights, _ = {"w": torch.zeros(2)}, None
-    safetensors.torch.save_file(weights, model, {"script": "dqn_recurrent_tbb", "args": "{}"})
+    safetensors.torch.save_file({"w": torch.zeros(2)}, model, {"script": "dqn_recurrent_tbb", "args": "{}"})
     assert "dqn_recurrent_tbb" in refused("--model", str(model))
     model.write_bytes(data)
     assert "other sizes" in refused("--model", str(model), "--hidden-size", "9")
@@ -417,7 +416,7 @@ def test_files_of_others_are_refused(tmp_path, capsys):
 
 def test_a_loss_that_is_not_finite_is_named(tmp_path):
     with pytest.raises(SystemExit, match="not finite at step 128; the last checkpoint is"):
-        run(tmp_path, planted(tmp_path, ("                loss = pg_loss -", "                loss = float('nan') * pg_loss -")))
+        run(tmp_path, planted(tmp_path, ("loss = pg_loss -", "loss = float('nan') * pg_loss -")))
     assert all(w.isfinite().all() for w in ppo.load_model(tmp_path / "run" / "model.safetensors")[0].values())
 
 

@@ -1,0 +1,117 @@
+"""Collect the runs of tasks.toml into compact CSV files, a table of seeds and a figure each.   python benchmark/plot.py
+
+Writes to benchmark/results: <entry>.csv (seed, step, seconds, return, success; about 100 rows a seed), <entry>.png, and
+table.csv (one row a seed: when the level was first reached, what was reached at best and at the end); and from table.csv and
+speed.csv the tables in the README. Entries without runs keep what is committed.   Needs benchmark/requirements.txt.
+"""
+import csv
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+
+
+@dataclass
+class Args:
+    runs_dir: str = "runs/benchmark"  # run folders named <entry>__<seed>
+    out: str = str(HERE / "results")  # where the CSV files and figures go
+
+
+def read(path):
+    """progress.csv as columns of floats; rows before the first finished episode are left out."""
+    rows = [row for row in csv.DictReader(path.open()) if row["charts/episodic_return"]]
+    return {k: [float(row[tag] or "nan") for row in rows] for k, tag in (
+        ("global_step", "global_step"), ("seconds", "seconds"), ("return", "charts/episodic_return"),
+        ("success", "charts/success"), ("logratio", "debug/first_logratio"))}
+
+
+def readme_table(rows):
+    """The README's table of results, from the rows of table.csv."""
+    out = ["| entry | solved at | seeds that reach it | environment steps to it | at the end |", "|---|---|---|---|---|"]
+    for name in dict.fromkeys(row["entry"] for row in rows):
+        runs = [row for row in rows if row["entry"] == name]
+        steps = sorted(int(row["steps_to_level"]) for row in runs if row["steps_to_level"])
+        last = sorted(float(row["last"]) for row in runs)
+        reached = f"{steps[0]:,} to {steps[-1]:,}" if steps else "-"
+        out.append(f"| `{name}` | {runs[0]['measure']} >= {runs[0]['level']} | {len(steps)} of {len(runs)} | {reached} | "
+                   f"{last[0]:.4g} to {last[-1]:.4g} after {int(runs[0]['steps']):,} steps |")
+    return "\n".join(out) + "\n"
+
+
+def speed_table(rows):
+    """The README's table of speeds, from the rows of speed.csv."""
+    out = ["| task | threads | ours, steps/s | RecurrentPPO, steps/s | ratio | our time: policy, env, batch, update |",
+           "|---|---|---|---|---|---|"]
+    for row in rows:
+        shares = ", ".join(f"{float(row[f'share_{part}']):.0%}" for part in ("policy", "env", "batch", "update"))
+        out.append(f"| {row['task']}{' (two LSTMs)' if row['separate_lstm'] == 'True' else ''} | {row['threads']} | "
+                   f"{int(row['ours']):,} | {int(row['sb3']):,} | {row['ratio']} | {shares} |")
+    return "\n".join(out) + "\n"
+
+
+def with_tables(readme, results):
+    """The README with both tables made anew from the CSV files in `results`."""
+    for name, file, table in (("results", "table.csv", readme_table), ("speed", "speed.csv", speed_table)):
+        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
+        with (results / file).open() as f:
+            rows = list(csv.DictReader(f))
+        before, rest = readme.split(begin)
+        readme = before + begin + table(rows) + end + rest.split(end)[1]
+    return readme
+
+
+def draw(name, entry, runs, out):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(5, 3.2), layout="constrained")
+    for seed, run in runs.items():
+        axis.plot(run["global_step"], run[entry["measure"]], label=f"seed {seed}", linewidth=1)
+    axis.axhline(entry["level"], color="gray", linestyle=":", linewidth=1)
+    axis.set(title=f"{name} (n = {len(runs)})", xlabel="environment steps", ylabel=f"{entry['measure']}, mean of 100 episodes")
+    axis.legend(frameon=False, fontsize=8)
+    figure.savefig(out / f"{name}.png", dpi=120)
+    plt.close(figure)
+
+
+def main():
+    args = tyro.cli(Args)
+    out, rows = Path(args.out), []
+    out.mkdir(parents=True, exist_ok=True)
+    committed = list(csv.DictReader((out / "table.csv").open())) if (out / "table.csv").exists() else []
+    for name, entry in tomllib.loads((HERE / "tasks.toml").read_text()).items():
+        runs = {seed: read(path) for seed in entry["seeds"]
+                if (path := Path(args.runs_dir) / f"{name}__{seed}" / "progress.csv").exists()}
+        if not runs:
+            rows += [row for row in committed if row["entry"] == name]
+            continue
+        draw(name, entry, runs, out)
+        with (out / f"{name}.csv").open("w", newline="") as f:
+            writer = csv.writer(f)
+            writer.writerow(("seed", "global_step", "seconds", "return", "success"))
+            for seed, run in runs.items():
+                steps, values = run["global_step"], run[entry["measure"]]
+                kept = sorted({*range(0, len(steps), max(1, len(steps) // 100)), len(steps) - 1})
+                writer.writerows((seed, int(steps[i]), f"{run['seconds'][i]:.1f}", f"{run['return'][i]:.4g}",
+                                  f"{run['success'][i]:.4g}") for i in kept)
+                first = next((i for i, y in enumerate(values) if y >= entry["level"]), None)
+                rows.append({"entry": name, "seed": seed, "measure": entry["measure"], "level": entry["level"],
+                             "steps_to_level": "" if first is None else int(steps[first]),
+                             "seconds_to_level": "" if first is None else round(run["seconds"][first], 1),
+                             "best": f"{max(values):.4g}", "last": f"{values[-1]:.4g}", "steps": int(steps[-1]),
+                             "seconds": round(run["seconds"][-1]), "max_first_logratio": f"{max(run['logratio']):.1e}"})
+    with (out / "table.csv").open("w", newline="") as f:
+        writer = csv.DictWriter(f, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    README.write_text(with_tables(README.read_text(), out))
+
+
+if __name__ == "__main__":
+    main()

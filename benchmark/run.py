@@ -1,0 +1,58 @@
+"""Run entries of tasks.toml over their seeds, some at a time.   python benchmark/run.py --only poc --workers 2
+
+Runs go to <runs-dir>/<entry>__<seed>. Finished ones are skipped, interrupted ones resumed.
+"""
+import json
+import shlex
+import subprocess
+import sys
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass
+class Args:
+    only: str = ""  # entries whose name contains this
+    workers: int = 2  # processes at a time, one torch thread each
+    runs_dir: str = "runs/benchmark"  # where the run folders go
+    dry_run: bool = False  # print the commands, run nothing
+
+
+def finished(folder):
+    """Whether the run's last row is its last rollout."""
+    if not (folder / "progress.csv").exists():
+        return False
+    args = json.loads((folder / "args.json").read_text())
+    last_step = (folder / "progress.csv").read_text().splitlines()[-1].split(",")[0]
+    return last_step.isdigit() and int(last_step) + args["num_envs"] * args["num_steps"] > args["total_timesteps"]
+
+
+def run(command, folder):
+    if finished(folder):
+        return f"{folder.name}: finished before"
+    new = ["--runs-dir", folder.parent, "--run-name", folder.name]
+    flags = ["--resume", folder] if (folder / "checkpoint.pt").exists() else new
+    done = subprocess.run([sys.executable, *command[1:], *map(str, flags)], cwd=ROOT, capture_output=True, text=True)
+    return f"{folder.name}: " + ("finished" if done.returncode == 0 else f"FAILED\n{done.stderr[-2000:]}")
+
+
+def main():
+    args = tyro.cli(Args)
+    entries = tomllib.loads((Path(__file__).parent / "tasks.toml").read_text())
+    jobs = [(shlex.split(entry["command"]) + ["--seed", str(seed)], Path(args.runs_dir).resolve() / f"{name}__{seed}")
+            for name, entry in entries.items() if args.only in name for seed in entry["seeds"]]
+    if args.dry_run:
+        return print("\n".join(shlex.join(command) for command, _ in jobs))
+    with ThreadPoolExecutor(args.workers) as pool:
+        for line in pool.map(lambda job: run(*job), jobs):
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
