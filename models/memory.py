@@ -15,6 +15,8 @@ tests/test_memory.py then include it.
 import torch
 import torch.nn as nn
 
+SPAN = 32  # steps, of chrono initialisation
+
 
 class RNN(nn.Module):
     """What GRU and LSTM share: torch's recurrent layers behind the interface.
@@ -30,6 +32,14 @@ class RNN(nn.Module):
         self.rnn = self.layer(input_size, hidden_size, num_layers)
         for name, p in self.rnn.named_parameters():          # orthogonal and zero, as recurrent-ppo
             nn.init.orthogonal_(p, 2**0.5) if "weight" in name else nn.init.zeros_(p)
+        # Chrono initialisation (Tallec and Ollivier 2018, https://arxiv.org/abs/1804.11188): with zero biases a gate forgets
+        # half of the state every step. Instead, units remember for 1 to SPAN steps. The second block of gates is the
+        # GRU's update and the LSTM's forget gate; the first block, of the LSTM only, its input gate.
+        for layer in range(num_layers):
+            bias, remember = getattr(self.rnn, f"bias_ih_l{layer}").data, torch.empty(hidden_size).uniform_(1, SPAN).log()
+            bias[hidden_size : 2 * hidden_size] = remember
+            if self.kinds == 2:
+                bias[:hidden_size] = -remember
 
     def initial_state(self, batch_size):
         # KNOWN BUG (recurrent-ppo readme): None as hidden state. torch takes it for zeros and says nothing. Symptom: the
