@@ -238,10 +238,12 @@ def enjoy(args, weights):
     results = []
     for episode in range(args.episodes):
         results.append(play(agent, envs, args, 1, args.seed + episode, show.get(render_mode, lambda: None))[:, 0])
-        print(f"episode {episode + 1}: return {results[-1][0]:.2f}, length {results[-1][1]:.0f}, success {results[-1][2]:.0f}")
+        episode_return, length, success = results[-1]
+        print(f"episode {episode + 1}: return {episode_return:.2f}, length {length:.0f}"
+              + ("" if np.isnan(success) else f", success {bool(success)}"))
     returns, lengths, successes = np.array(results).T
-    print(f"mean of {args.episodes}: return {returns.mean():.2f} +- {returns.std():.2f}, length {lengths.mean():.1f}, "
-          f"success {successes.mean():.2f}")
+    print(f"mean of {args.episodes}: return {returns.mean():.2f} +- {returns.std():.2f}, length {lengths.mean():.1f}"
+          + ("" if np.isnan(successes).any() else f", success {successes.mean():.2f}"))
     if frames:
         path = Path(args.model).with_suffix(".gif")
         imageio.mimsave(path, frames, duration=1000 / envs.metadata.get("render_fps", 10), loop=0)
@@ -364,6 +366,7 @@ def train(args, checkpoint=None):
         load_weights(agent, checkpoint["agent"], f"--resume {args.resume}")
         optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["rng"])
+        torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
         global_step, seconds = checkpoint["global_step"], checkpoint["seconds"]
         recent.extend(checkpoint["recent"])
         if checkpoint["envs"]:                              # our own tasks go on to the bit, as if never interrupted
@@ -398,6 +401,7 @@ def train(args, checkpoint=None):
         everything = {
             "script": SCRIPT, "args": args_json, "global_step": global_step, "seconds": seconds, "recent": list(recent),
             "agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all(),
             "envs": {k: v if isinstance(v, str) else torch.as_tensor(v) for k, v in env_state.items()},
             "tensors": (next_obs, state, (next_start, discounted)),
             "episodes": (torch.as_tensor(episode_return), torch.as_tensor(episode_length))}
