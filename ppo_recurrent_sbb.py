@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -42,8 +43,8 @@ from models import MEMORIES, Encoder, PolicyHead, RunningMeanStd, init, to_tenso
 SCRIPT = Path(__file__).stem
 TAGS = ("charts/episodic_return charts/episodic_length charts/success charts/SPS charts/learning_rate eval/episodic_return "
         "eval/return_std eval/success losses/policy_loss losses/value_loss losses/entropy losses/approx_kl losses/clipfrac "
-        "losses/grad_norm losses/explained_variance debug/first_logratio debug/padding time/env time/policy time/batch "
-        "time/update").split()
+        "losses/grad_norm losses/explained_variance debug/first_logratio debug/padding time/policy time/env time/batch "
+        "time/update time/log").split()
 
 
 @dataclass
@@ -92,7 +93,7 @@ class Args:
     resume: str | None = None  # continue the run in this folder
     model: str | None = None  # do not train: play this model.safetensors
     episodes: int = 10  # episodes to play with --model
-    render_mode: Literal["human", "ansi", "rgb_array", "none"] | None = None  # with --model; rgb_array writes a GIF beside it
+    render_mode: Literal["auto", "human", "ansi", "rgb_array", "none"] = "auto"  # with --model; rgb_array writes a GIF
 
 
 def make_envs(args, num_envs, play=False, render_mode=None):
@@ -100,21 +101,24 @@ def make_envs(args, num_envs, play=False, render_mode=None):
     kwargs, options = json.loads(args.env_kwargs), json.loads(args.reset_options)
     # PITFALL: Gymnasium >= 1.0 resets on the *next* step by default, which puts a phantom transition (action ignored,
     #   reward 0) between episodes. Symptom: episodes one step too long. Test: test_envs.py::test_no_phantom_transition.
+    # KNOWN BUG (recurrent-ppo worker.py): all workers inherit one random generator. Symptom: 16 workers begin with the same
+    #   episode. Here: reset(seed) seeds every environment apart. Test: test_envs.py::test_environments_differ.
     autoreset = gym.vector.AutoresetMode.DISABLED if play else gym.vector.AutoresetMode.SAME_STEP
     try:
-        envs, spec = None, gym.make(args.env_id, **kwargs).spec
+        spec = gym.make(args.env_id, **kwargs).spec
+        wrappers = [functools.partial(ResetOptions, options=options)] if options else []
         if spec.vector_entry_point and not (play or options):
             envs = gym.make_vec(args.env_id, num_envs, **kwargs)             # written for the batch: many times faster
-        if envs is None or envs.metadata["autoreset_mode"] != autoreset:
-            wrappers = [functools.partial(ResetOptions, options=options)] if options else []
+        if not spec.vector_entry_point or play or options or envs.metadata["autoreset_mode"] != autoreset:
             kwargs |= {"render_mode": render_mode} if render_mode else {}
             envs = gym.make_vec(args.env_id, num_envs, "sync", {"autoreset_mode": autoreset}, wrappers, **kwargs)
-        envs.reset(seed=args.seed)                          # wrong reset options show here
-    except (gym.error.Error, ImportError, TypeError, ValueError) as e:
-        fail(f"--env-id {args.env_id} cannot be made with --env-kwargs {args.env_kwargs} and --reset-options "
-             f"{args.reset_options}: {' '.join(str(e).split())}")
-    if args.prev_action or args.prev_reward:
-        envs = PreviousActionReward(envs, args.prev_action, args.prev_reward)
+        if args.prev_action or args.prev_reward:
+            envs = PreviousActionReward(envs, args.prev_action, args.prev_reward)
+        envs.reset(seed=args.seed)
+        envs.step(envs.action_space.sample())               # what is wrong with the flags shows here, before a run exists
+    except Exception as e:                                  # whatever somebody's environment raises
+        fail(f"--env-id {args.env_id} does not work with --env-kwargs {args.env_kwargs} and --reset-options "
+             f"{args.reset_options}: {' '.join(str(e).split()) or type(e).__name__}")
     return envs
 
 
@@ -125,10 +129,13 @@ class Agent(nn.Module):
         super().__init__()
         self.encoder = Encoder(observation_space, args.encoder_size, args.norm_obs)
         self.memory = MEMORIES[args.memory](self.encoder.out_size, args.hidden_size, args.num_layers)
-        self.hidden = init(nn.Linear(args.hidden_size, 2 * args.mlp_size), 2)               # policy's and value's layer
+        # DEVIATION (recurrent-ppo model.py): no shared layer between memory and the two hidden layers, policy gain 0.01 as
+        #   CleanRL. The hidden layers are one matrix; its gain 2 is sqrt(2) for each half.
+        #   Test: test_models.py::test_initial_policy_is_uniform.
+        self.hidden = init(nn.Linear(args.hidden_size, 2 * args.mlp_size), 2)
         self.policy = PolicyHead(args.mlp_size, action_space)
         self.value = init(nn.Linear(args.mlp_size, 1), 1.0)
-        self.return_stats = RunningMeanStd()                # the scale of rewards, with --norm-reward
+        self.return_stats = RunningMeanStd()                # scales rewards, with --norm-reward
 
     def forward(self, obs, state, start, mask=None):
         """Returns a distribution and values, both [T, B], and the state after them.
@@ -164,11 +171,20 @@ def gae(rewards, values, starts, final_values, next_value, next_start, gamma, la
     return torch.stack(advantages[::-1])                    # [T, N]
 
 
+def discount(rewards, starts, before, gamma):
+    """Running discounted return of each episode so far, whose spread is the scale of rewards.   [T, N]; before [N]"""
+    out = []
+    for reward, start in zip(rewards, starts):
+        before = reward + gamma * before * ~start
+        out.append(before)
+    return torch.stack(out)                                 # [T, N]
+
+
 def cut_segments(starts, L):
     """Cut a rollout into S segments, each of at most L steps of one episode.   starts [T, N] bool
 
-    A segment begins at t = 0, at every episode start, and L steps after the last cut. Returned as indices: x[when, env] is
-    [rows, S, ...] for any rollout tensor x [T, N, ...]; mask [rows, S] is False on padding; rows = the longest segment.
+    A segment begins at t = 0, at every episode start, and L steps after the last cut. Returned as indices: x[when, col] is
+    [L, S, ...] for any rollout tensor x [T, N, ...]; mask [L, S] is False on padding. L shrinks to the longest segment.
     """
     (T, N), device = starts.shape, starts.device
     t = torch.arange(T, device=device)[:, None]             # [T, 1]
@@ -178,13 +194,14 @@ def cut_segments(starts, L):
     length = first.diff(append=first.new_tensor([T * N]))   # [S]
     # KNOWN BUG (recurrent-ppo buffer.py:161): pads to the longest *episode*, not segment. Symptom: same loss, 25 times the
     #   work (L = 8, 200-step episodes). Here: rows <= L. Test: test_ppo_recurrent_sbb.py::test_segments_partition_the_rollout.
-    offset = torch.arange(int(length.max()), device=device)[:, None]                        # [rows, 1]
-    return (first + offset).clamp(max=T * N - 1) % T, first // T, offset < length           # [rows, S], [S], [rows, S]
+    offset = torch.arange(int(length.max()), device=device)[:, None]                        # [L, 1]
+    return (first + offset).clamp(max=T * N - 1) % T, first // T, offset < length           # when [L, S], col [S], mask
 
 
 def polynomial(schedule, step, total_steps):
     """v(t) = (v0 - v1) (1 - t/D)^power + v1, then v1.   schedule: (v0[, v1[, power[, D]]]), D in environment steps"""
-    v0, v1, power, decay_steps = (*schedule, *(schedule[0], 1.0, total_steps)[len(schedule) - 1 :])
+    defaults = (schedule[0], schedule[0], 1.0, total_steps)
+    v0, v1, power, decay_steps = schedule + defaults[len(schedule) :]
     return (v0 - v1) * max(0.0, 1 - step / decay_steps) ** power + v1
 
 
@@ -192,9 +209,10 @@ def polynomial(schedule, step, total_steps):
 def play(agent, envs, args, episodes, seed, show=lambda: None):
     """Plays with the most likely actions. Returns three arrays: return, length, success (nan: not defined) of each episode.
 
-    Every environment plays its share: taking the first episodes to finish would prefer the short ones.
+    Every environment plays its share: taking the first episodes to finish would prefer the short ones. An episode without
+    end counts as it stands after 10,000 steps.
     """
-    N, device = envs.num_envs, args.device
+    N, device = envs.num_envs, agent.value.weight.device
     share = np.array([len(x) for x in np.array_split(np.arange(episodes), N)])              # [N] episodes left to play
     obs, state, start = envs.reset(seed=seed)[0], agent.memory.initial_state(N), np.ones(N, bool)
     returns, lengths, results = np.zeros(N), np.zeros(N), []
@@ -203,7 +221,8 @@ def play(agent, envs, args, episodes, seed, show=lambda: None):
         memory_start = torch.as_tensor(start & args.reset_state, device=device)[None]
         dist, _, state = agent(add_time(to_tensors(envs.single_observation_space, obs, device)), state, memory_start)
         obs, reward, terminated, truncated, infos = envs.step(agent.policy.to_env(dist.mode()[0]))
-        returns, lengths, start = returns + reward, lengths + 1, terminated | truncated
+        returns, lengths = returns + reward, lengths + 1
+        start = terminated | truncated | (lengths == 10_000)
         if start.any():
             show()
             for n in np.flatnonzero(start & (share > 0)):
@@ -216,7 +235,7 @@ def play(agent, envs, args, episodes, seed, show=lambda: None):
 def success_of(infos, n):
     """Whether environment n's episode, which has just ended, was a success; nan where the task does not say."""
     infos = infos.get("final_info", infos)
-    return float(infos["success"][n]) if "success" in infos and infos["_success"][n] else float("nan")
+    return float(infos["success"][n]) if infos.get("_success", {n: False})[n] else float("nan")
 
 
 def add_time(obs):
@@ -226,14 +245,14 @@ def add_time(obs):
 def enjoy(args, weights):
     """Plays --episodes of the task, one after the other; prints text frames or writes a GIF beside the model."""
     envs = make_envs(args, 1, play=True)
-    modes = envs.metadata.get("render_modes", [])
-    render_mode = args.render_mode or ("ansi" if "ansi" in modes else "none")
+    modes, render_mode = envs.metadata.get("render_modes", []), args.render_mode
+    if render_mode == "auto":
+        render_mode = "ansi" if "ansi" in modes else "none"
     if render_mode != "none":
         if render_mode not in modes and not (render_mode == "human" and "rgb_array" in modes):
             fail(f"--render-mode {render_mode} is not one of {args.env_id}'s: {', '.join(modes) or 'none'}")
         envs = make_envs(args, 1, play=True, render_mode=render_mode)
-    agent, frames = make_agent(args, envs), []
-    load_weights(agent, weights, f"--model {args.model}")
+    agent, frames = make_agent(args, envs, weights), []
     show = {"ansi": lambda: print(envs.render()[0]), "rgb_array": lambda: frames.append(envs.render()[0])}
     results = []
     for episode in range(args.episodes):
@@ -258,19 +277,26 @@ def fail(message):
 
 def check(args):
     """Refuses what cannot run, before anything is made."""
-    at_least_1 = ("num_threads num_envs num_steps total_timesteps hidden_size num_layers mlp_size num_minibatches "
-                  "update_epochs eval_episodes checkpoint_every episodes").split()
-    for name in [*at_least_1, "seed", "encoder_size", "burn_in", "eval_every"]:
-        if getattr(args, name) < (low := int(name in at_least_1)):
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least {low}")
+    def flag(name):
+        return f"--{name.replace('_', '-')} {getattr(args, name)}"
+
+    ranges = dict.fromkeys(("num_threads num_envs num_steps total_timesteps hidden_size num_layers mlp_size num_minibatches "
+                            "update_epochs eval_episodes checkpoint_every episodes").split(), (1, 2**40))
+    ranges |= dict.fromkeys(("seed", "encoder_size", "burn_in", "eval_every"), (0, 2**40))
+    ranges |= dict.fromkeys(("gamma", "gae_lambda"), (0, 1)) | dict.fromkeys(("vf_coef", "max_grad_norm"), (0, 1e9))
+    for name, (low, high) in ranges.items():
+        if not low <= getattr(args, name) <= high:
+            fail(f"{flag(name)} must be at least {low} and at most {high}")
     for name in ("learning_rate", "ent_coef", "clip_coef"):
-        if not 1 <= len(getattr(args, name)) <= 4:
-            fail(f"--{name.replace('_', '-')} takes one to four numbers: initial, final, power, decay steps")
+        v0, v1, power, decay_steps = (*getattr(args, name), *(0.0, 0.0, 1.0, 1.0)[len(getattr(args, name)) :])[:4]
+        if not (1 <= len(getattr(args, name)) <= 4 and 0 <= v0 < 1e9 and 0 <= v1 < 1e9 and 0 < power < 1e9 and decay_steps > 0):
+            fail(f"{flag(name)} must be one to four numbers, initial, final, power and decay steps: the first two not "
+                 "negative, the others positive")
     for name in ("env_kwargs", "reset_options"):
         try:
             dict(**json.loads(getattr(args, name)))
         except (json.JSONDecodeError, TypeError):
-            fail(f"""--{name.replace('_', '-')} {getattr(args, name)} is not a JSON object; write '{{"name": value}}'""")
+            fail(f"""{flag(name)} is not a JSON object; write '{{"name": value}}'""")
     if args.seq_len < 1 and args.seq_len != -1:
         fail(f"--seq-len {args.seq_len} must be at least 1, or -1 for whole episodes")
     if args.burn_in > max(args.seq_len, 0):
@@ -291,50 +317,50 @@ def save_atomically(path, write):
     os.replace(beside, path)
 
 
-def load_model(path):
+def read_model(path):
     """Weights and Args of a model file. safetensors holds numbers and text: a stranger's file cannot run code."""
+    with safetensors.safe_open(path, "pt") as f:
+        return {**f.metadata(), "agent": {name: f.get_tensor(name) for name in f.keys()}}
+
+
+def read_checkpoint(run):
+    return torch.load(Path(run) / "checkpoint.pt", map_location="cpu", weights_only=True)
+
+
+def load(flag, path, read):
+    """What `read` finds at `path`, with "args" as Args; flags that this version does not know are left out."""
     try:
-        with safetensors.safe_open(path, "pt") as f:
-            metadata, weights = f.metadata() or {}, {name: f.get_tensor(name) for name in f.keys()}
+        content = read(path)
+        script, saved = content["script"], json.loads(content["args"])
+        known = {f.name for f in dataclasses.fields(Args)}
+        content["args"] = Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in known})
     except FileNotFoundError:
-        fail(f"--model {path} does not exist; training ends by printing the path of its model")
-    except (safetensors.SafetensorError, OSError) as e:
-        fail(f"--model {path} is not a readable safetensors file ({e}); use another copy or train again")
-    if metadata.get("script") != SCRIPT:
-        fail(f"--model {path} was trained by {metadata.get('script', 'another program')}; play it with that script")
-    return weights, load_args(metadata["args"])
+        fail(f"{flag} {path} does not exist; training ends by printing what to play and what to resume")
+    except Exception as e:                                  # damaged files raise all kinds
+        fail(f"{flag} {path} cannot be read ({type(e).__name__}): it is damaged or another program's")
+    if script != SCRIPT:
+        fail(f"{flag} {path} was trained by {script}: use python {script}.py")
+    return content
 
 
-def load_args(text):
-    """Args from JSON; flags that this version does not know are left out."""
-    known = {f.name for f in dataclasses.fields(Args)}
-    return Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items() if k in known})
-
-
-def load_checkpoint(run):
+def make_agent(args, envs, weights=None):
     try:
-        checkpoint = torch.load(Path(run) / "checkpoint.pt", map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        fail(f"--resume {run} has no checkpoint.pt; give a run folder, such as those in runs/")
-    except Exception as e:                                  # torch raises many kinds for a damaged file
-        fail(f"--resume {run}: checkpoint.pt cannot be read ({type(e).__name__}); it is damaged, start a new run")
-    if checkpoint.get("script") != SCRIPT:
-        fail(f"--resume {run} was trained by {checkpoint.get('script', 'another program')}; resume it with that script")
-    return checkpoint
-
-
-def make_agent(args, envs):
-    try:
-        return Agent(envs.single_observation_space, envs.single_action_space, args).to(args.device)
+        agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(pick_device(args))
     except ValueError as e:
         fail(f"--env-id {args.env_id}: {e}")
-
-
-def load_weights(agent, weights, flag):
     try:
-        agent.load_state_dict(weights)
+        agent.load_state_dict(weights or agent.state_dict())
     except RuntimeError:
-        fail(f"{flag} holds a network of other sizes than the flags and the task ask for; leave those flags out")
+        fail("the saved network has other sizes than the flags and the task ask for; leave those flags out")
+    return agent
+
+
+def pick_device(args):
+    name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=name).cpu().new_empty(0, device=name).device
+    except Exception as e:
+        fail(f"--device {args.device} cannot be used here: {str(e).splitlines()[0]}")
 
 
 def open_progress(path, global_step):
@@ -348,11 +374,11 @@ def open_progress(path, global_step):
 def train(args, checkpoint=None):
     # ------------------------------------------------------------------ setup
     torch.manual_seed(args.seed)
-    T, N, device = args.num_steps, args.num_envs, torch.device(args.device)
+    T, N, device = args.num_steps, args.num_envs, pick_device(args)
     envs = make_envs(args, N)
     eval_envs = make_envs(args, min(N, args.eval_episodes), play=True) if args.eval_every else None
     tensors = functools.partial(to_tensors, envs.single_observation_space, device=device)
-    agent = make_agent(args, envs)
+    agent = make_agent(args, envs, checkpoint and checkpoint["agent"])
     parameters = list(agent.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate[0], fused=True)
 
@@ -363,13 +389,14 @@ def train(args, checkpoint=None):
     discounted = torch.zeros(N, device=device)              # running discounted return, for --norm-reward
     episode_return, episode_length = np.zeros(N), np.zeros(N)
     if checkpoint:
-        load_weights(agent, checkpoint["agent"], f"--resume {args.resume}")
         optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["rng"])
-        torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
+        if device.type == "cuda" and checkpoint["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"], device)
         global_step, seconds = checkpoint["global_step"], checkpoint["seconds"]
         recent.extend(checkpoint["recent"])
-        if checkpoint["envs"]:                              # our own tasks go on to the bit, as if never interrupted
+        same = all(getattr(args, k) == getattr(checkpoint["args"], k) for k in ("env_id", "env_kwargs", "num_envs"))
+        if checkpoint["envs"] and same:                     # our own tasks go on to the bit, as if never interrupted
             envs.unwrapped.load_state_dict(checkpoint["envs"])
             next_obs, state, (next_start, discounted) = (tuple(x.to(device) for x in xs) for xs in checkpoint["tensors"])
             episode_return, episode_length = (x.numpy() for x in checkpoint["episodes"])
@@ -381,7 +408,7 @@ def train(args, checkpoint=None):
     logprobs, rewards, values, final_values = (torch.zeros(T, N, device=device) for _ in range(4))
     starts = torch.zeros(T, N, dtype=torch.bool, device=device)
 
-    name = args.run_name or f"{args.env_id}__{SCRIPT}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
+    name = args.run_name or re.sub("[/:]", "-", f"{args.env_id}__{SCRIPT}__{args.seed}__{int(1000 * time.time())}")
     run = Path(args.resume or Path(args.runs_dir) / name)
     try:
         run.mkdir(parents=True, exist_ok=bool(args.resume))
@@ -390,7 +417,7 @@ def train(args, checkpoint=None):
     args_json = json.dumps(dataclasses.asdict(args), indent=2)
     save_atomically(run / "args.json", lambda path: path.write_text(args_json))
     progress = open_progress(run / "progress.csv", global_step)
-    writer = SummaryWriter(run, purge_step=global_step)
+    writer = SummaryWriter(run, purge_step=global_step + 1)
     writer.add_text("args", "```\n" + args_json + "\n```")
 
     def save():
@@ -401,7 +428,7 @@ def train(args, checkpoint=None):
         everything = {
             "script": SCRIPT, "args": args_json, "global_step": global_step, "seconds": seconds, "recent": list(recent),
             "agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all(),
+            "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
             "envs": {k: v if isinstance(v, str) else torch.as_tensor(v) for k, v in env_state.items()},
             "tensors": (next_obs, state, (next_start, discounted)),
             "episodes": (torch.as_tensor(episode_return), torch.as_tensor(episode_length))}
@@ -413,16 +440,23 @@ def train(args, checkpoint=None):
     interrupted = []
 
     def on_ctrl_c(*_):
-        interrupted.append(True)                            # finish the update, save, leave; a second Ctrl-C leaves at once
+        interrupted.append(True)
         signal.signal(signal.SIGINT, default_handler)
+        tqdm.write("Ctrl-C: finishing this update, then saving; a second one leaves at once")
 
     default_handler = signal.signal(signal.SIGINT, on_ctrl_c)
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True)
     memory_starts = starts if args.reset_state else torch.zeros_like(starts)                # [T, N] when the memory forgets
 
+    clock, spent = time.perf_counter(), collections.Counter()
+
+    def lap(name):
+        """Add the time since the last lap to spent[name]."""
+        nonlocal clock
+        spent[name] += (now := time.perf_counter()) - clock
+        clock = now
+
     while global_step + T * N <= args.total_timesteps and not interrupted:
-        began = clock = time.perf_counter()
-        spent = dict.fromkeys(("policy", "env", "batch", "update"), 0.0)
         learning_rate, ent_coef, clip_coef = (polynomial(schedule, global_step, args.total_timesteps) for schedule in
                                               (args.learning_rate, args.ent_coef, args.clip_coef))
         optimizer.param_groups[0]["lr"] = learning_rate
@@ -442,17 +476,17 @@ def train(args, checkpoint=None):
                 dist, value, state = agent(add_time(next_obs), state, memory_starts[t : t + 1])
                 action = dist.sample()                      # [1, N, ...]
                 logprobs[t], actions[t], values[t] = dist.log_prob(action)[0], action[0], value[0]
-            spent["policy"] -= clock - (clock := time.perf_counter())
+            lap("policy")
             next_obs, reward, terminated, truncated, infos = envs.step(agent.policy.to_env(action[0]))
-            spent["env"] -= clock - (clock := time.perf_counter())
+            lap("env")
 
             next_obs, rewards[t] = tensors(next_obs), torch.as_tensor(reward)
             time_limit = np.flatnonzero(truncated & ~terminated)
             if len(time_limit):                             # not a death: the episode's last observation has a value
-                last_obs = (torch.stack(o)[None] for o in zip(*(tensors(o) for o in infos["final_obs"][time_limit])))
+                last_obs = tuple(torch.stack(o)[None] for o in zip(*map(tensors, infos["final_obs"][time_limit])))
                 goes_on = torch.zeros(1, len(time_limit), dtype=torch.bool, device=device)
                 with torch.no_grad():
-                    _, value, _ = agent(tuple(last_obs), tuple(s[time_limit] for s in state), goes_on)
+                    _, value, _ = agent(last_obs, tuple(s[time_limit] for s in state), goes_on)
                 final_values[t, time_limit] = value[0]
             done, episode_return, episode_length = terminated | truncated, episode_return + reward, episode_length + 1
             next_start = torch.as_tensor(done, device=device)
@@ -463,9 +497,8 @@ def train(args, checkpoint=None):
 
         # -------------------------------------------------------------- targets
         if args.norm_reward:
-            discounted_returns = torch.zeros_like(rewards)
-            for t in range(T):
-                discounted_returns[t] = discounted = rewards[t] + args.gamma * discounted * ~starts[t]
+            discounted_returns = discount(rewards, starts, discounted, args.gamma)
+            discounted = discounted_returns[-1]
             agent.return_stats.update(discounted_returns)
             rewards /= agent.return_stats.var.sqrt().float() + 1e-8
         with torch.no_grad():
@@ -476,32 +509,32 @@ def train(args, checkpoint=None):
             x.flatten(0, 1) for x in (actions, logprobs, values, advantages, advantages + values))          # [T N]
 
         # -------------------------------------------------------------- batch: the [T, N] rollout becomes [L, S]
-        when, env, mask = cut_segments(starts, T if args.seq_len == -1 else args.seq_len)
-        seg_index = when * N + env                          # [L, S] place of a step in b_*
-        seg_start = memory_starts[when, env] & mask         # [L, S] True in row 0 at most: no cut inside a fused call
+        when, col, mask = cut_segments(starts, T if args.seq_len == -1 else args.seq_len)
+        seg_index = when * N + col                          # [L, S] place of a step in b_*
+        seg_start = memory_starts[when, col] & mask         # [L, S] True in row 0 at most: no cut inside a fused call
         states = tuple(torch.stack(s) for s in zip(*states))                                # tuple of [T, N, ...]
         # PITFALL: starting segments from initial_state() trains a policy that never acted. Symptom: logratio != 0 before
         #   the first gradient step; the curve may look fine. Test: test_ppo_recurrent_sbb.py::test_first_logratio_is_zero.
-        seg_state = tuple(s[when[0], env] for s in states)  # tuple of [S, ...]
+        seg_state = tuple(s[when[0], col] for s in states)  # tuple of [S, ...]
         # R2D2 (Kapturowski et al. 2019): stored states grow stale while the weights change. With --burn-in, a segment that
         # continues an episode of this rollout gets its state from the steps before it, run with today's weights.
-        continues = (when[0] > 0) & ~starts[when[0], env]   # [S]
+        continues = (when[0] > 0) & ~starts[when[0], col]   # [S]
         burn = (when[0] + torch.arange(-args.burn_in, 0, device=device)[:, None]).clamp(min=0)              # [burn_in, S]
-        spent["batch"] -= clock - (clock := time.perf_counter())
+        lap("batch")
 
         # -------------------------------------------------------------- update: minibatches of whole segments
         stats, first_logratio = [], None
         for epoch in range(args.update_epochs):
-            for mb in torch.randperm(len(env), device=device).tensor_split(args.num_minibatches):           # [b] segments
+            for mb in torch.randperm(len(col), device=device).tensor_split(args.num_minibatches):           # [b] segments
                 m = mask[:, mb]                             # [L, b]
                 index = seg_index[:, mb][m]                 # [M] the real steps
                 mb_state = tuple(s[mb] for s in seg_state)  # tuple of [b, ...]
-                if args.burn_in:
-                    c = continues[mb]
-                    at = burn[:, mb[c]], env[mb[c]]
+                c = continues[mb]                           # [b]
+                if args.burn_in and c.any():
+                    at = burn[:, mb[c]], col[mb[c]]         # [burn_in, c], [c]
+                    first = at[0][0], at[1]
                     with torch.no_grad():
-                        _, _, fresh = agent(tuple(o[at] for o in obs), tuple(s[at[0][0], at[1]] for s in states),
-                                            memory_starts[at])
+                        _, _, fresh = agent(tuple(o[at] for o in obs), tuple(s[first] for s in states), memory_starts[at])
                     for s, f in zip(mb_state, fresh):
                         s[c] = f
                 dist, newvalue, _ = agent(tuple(o[index] for o in b_obs), mb_state, seg_start[:, mb], m)
@@ -513,7 +546,7 @@ def train(args, checkpoint=None):
 
                 mb_advantages = b_advantages[index]
                 if args.norm_adv:
-                    mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
+                    mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std(correction=0) + 1e-8)
                 pg_loss = -torch.min(mb_advantages * ratio, mb_advantages * ratio.clamp(1 - clip_coef, 1 + clip_coef)).mean()
                 v_loss = (newvalue - b_returns[index]) ** 2
                 if args.clip_vloss:
@@ -533,7 +566,7 @@ def train(args, checkpoint=None):
                 break
         if args.norm_obs:                                   # only now: this update had to see what the acting policy saw
             agent.encoder.update_stats(b_obs)
-        spent["update"] -= clock - (clock := time.perf_counter())
+        lap("update")
 
         # -------------------------------------------------------------- log, checkpoint
         stats = torch.stack(stats).mean(0).tolist()
@@ -544,15 +577,16 @@ def train(args, checkpoint=None):
         if first_logratio > 1e-3:
             tqdm.write(f"warning: log-probabilities differ by {first_logratio:.1e} before the update's first gradient step: "
                        "the policy in training is not the one that acted")
-        seconds += clock - began
+        seconds += spent.total()
         row = dict(zip(("losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/approx_kl", "losses/clipfrac",
                         "losses/grad_norm"), stats))
         row |= {f"time/{name}": value for name, value in spent.items()}
-        row |= {"charts/SPS": T * N / (clock - began), "charts/learning_rate": learning_rate,
+        row |= {"charts/SPS": T * N / spent.total(), "charts/learning_rate": learning_rate,
                 "debug/first_logratio": first_logratio, "debug/padding": mask.numel() / (T * N),
                 "losses/explained_variance": 1 - (advantages.var() / (advantages + values).var()).item()}
         if recent:
             row |= zip(("charts/episodic_return", "charts/episodic_length", "charts/success"), np.mean(recent, axis=0))
+        spent.clear()
         due = lambda every: every and global_step // every > (global_step - T * N) // every  # noqa: E731
         if due(args.eval_every):
             returns, _, successes = play(agent, eval_envs, args, args.eval_episodes, args.seed + 10_000)
@@ -568,6 +602,7 @@ def train(args, checkpoint=None):
         bar.update(T * N)
         if due(args.checkpoint_every):
             save()
+        lap("log")
 
     save()
     signal.signal(signal.SIGINT, default_handler)
@@ -582,26 +617,23 @@ def train(args, checkpoint=None):
 
 
 def main(argv=None):
-    args, saved = tyro.cli(Args, args=argv), None
-    if args.model:                                          # flags given now override the saved ones
-        weights, saved = load_model(args.model)
+    args, content = tyro.cli(Args, args=argv), None
+    if args.model:
+        content = load("--model", args.model, read_model)
     elif args.resume:
-        checkpoint = load_checkpoint(args.resume)
-        saved = load_args(checkpoint["args"])
-    args = tyro.cli(Args, args=argv, default=saved) if saved else args
+        content = load("--resume", args.resume, read_checkpoint)
+    if content:                                             # flags given now override the saved ones
+        args = tyro.cli(Args, args=argv, default=content["args"])
     check(args)
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as e:
-        fail(f"--device {args.device} cannot be used here: {str(e).splitlines()[0]}")
     torch.set_num_threads(args.num_threads)
     if args.model:
-        enjoy(args, weights)
+        enjoy(args, content["agent"])
     else:
-        train(args, checkpoint if args.resume else None)
+        train(args, content)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

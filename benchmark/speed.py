@@ -5,7 +5,8 @@
 
 Runs ppo_recurrent_sbb.py and sb3-contrib's RecurrentPPO in turn, at equal work: the same vectorised task, network (one LSTM
 for policy and value, then one hidden layer each), rollout, epochs, minibatches, optimiser steps and torch threads. Prints
-steps per second (first update left out: it warms up), the ratio of the medians, and where our time goes.
+steps per second (first update left out: it warms up), the ratio of the medians, and where our time goes. On MinigridMemory
+"equal work" includes a difference by design: our encoder convolves each distinct view of a batch once, theirs every image.
 --separate-lstm gives RecurrentPPO its default instead, a second LSTM for the critic: more work, but what a user gets.
 """
 import csv
@@ -53,7 +54,7 @@ def ours(args, task):
         command = [sys.executable, ROOT / "ppo_recurrent_sbb.py", *(str(x) for k, v in flags.items() for x in (f"--{k}", v))]
         subprocess.run(command, check=True, capture_output=True)
         rows = list(csv.DictReader((Path(folder) / "speed" / "progress.csv").open()))[1:]
-    spent = {name: sum(float(row[f"time/{name}"]) for row in rows) for name in ("policy", "env", "batch", "update")}
+    spent = {name: sum(float(row[f"time/{name}"]) for row in rows) for name in ("policy", "env", "batch", "update", "log")}
     return len(rows) * N * T / sum(spent.values()), {k: v / sum(spent.values()) for k, v in spent.items()}
 
 

@@ -1,13 +1,14 @@
 """The tasks. `import envs` registers them, so that gym.make and gym.make_vec know them; no algorithm code lives here.
 
 Our own tasks are written once, as a batch (envs/batch.py): make_vec gives the batch, make a batch of one.
-POPGym's and Memory Gym's ids keep their own names; MiniGrid registers itself.
+POPGym's, MiniGrid's and Memory Gym's ids keep their own names.
 """
 import os
 
 os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
 
 import gymnasium as gym  # noqa: E402
+import minigrid  # noqa: E402, F401  (registers MiniGrid-*)
 import popgym  # noqa: E402, F401  (registers popgym-*)
 
 from envs import memory_gym  # noqa: E402

@@ -33,9 +33,15 @@ def unregister():
 
 
 def make(task, render_mode=None):
-    os.environ["SDL_AUDIODRIVER"] = "dummy"     # else ALSA floods stderr where there is no sound card
+    """The task by its id. Like every pygame program it shares one display with all others of the process."""
+    os.environ.setdefault("SDL_AUDIODRIVER", "dummy")       # else ALSA floods stderr where there is no sound card
     if render_mode != "human":
-        os.environ["SDL_VIDEODRIVER"] = "dummy"
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+    elif os.environ.get("SDL_VIDEODRIVER") == "dummy":      # left by a task made without a window
+        import pygame
+
+        del os.environ["SDL_VIDEODRIVER"]
+        pygame.display.quit()
     module, name = TASKS[task].split(":")
     unregister()                                # importing memory_gym registers its bare classes under the same names
     try:

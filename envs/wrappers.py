@@ -33,21 +33,23 @@ class PreviousActionReward(gym.vector.VectorWrapper):
             parts.append(gym.spaces.Box(-np.inf, np.inf, (), np.float32))
         self.action, self.reward = action, reward
         self.no_action = np.zeros(space.shape, space.dtype) if isinstance(space, gym.spaces.Box) else space.start - 1
+        self.last_actions, self.last_rewards = np.stack([self.no_action] * self.num_envs), np.zeros(self.num_envs)
         self.single_observation_space = gym.spaces.Tuple(parts)
         self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, self.num_envs)
 
     def join(self, obs, action, reward):
-        return (obs,) + (action,) * self.action + (np.float32(reward),) * self.reward
+        return (obs,) + (np.copy(action),) * self.action + (np.float32(reward),) * self.reward
 
     def reset(self, *, seed=None, options=None):
+        begin = (options or {}).get("reset_mask", np.ones(self.num_envs, bool))
         obs, infos = self.env.reset(seed=seed, options=options)
-        no_actions = np.stack([self.no_action] * self.num_envs)
-        return self.join(obs, no_actions, np.zeros(self.num_envs)), infos
+        self.last_actions[begin], self.last_rewards[begin] = self.no_action, 0
+        return self.join(obs, self.last_actions, self.last_rewards), infos
 
     def step(self, actions):
         obs, rewards, terminated, truncated, infos = self.env.step(actions)
-        last_actions, last_rewards = np.array(actions), np.array(rewards)
+        self.last_actions, self.last_rewards = np.array(actions), np.array(rewards)
         for i in np.flatnonzero(infos.get("_final_obs", [])):      # autoreset: obs[i] is already the next episode's first
-            infos["final_obs"][i] = self.join(infos["final_obs"][i], last_actions[i], last_rewards[i])
-            last_actions[i], last_rewards[i] = self.no_action, 0
-        return self.join(obs, last_actions, last_rewards), rewards, terminated, truncated, infos
+            infos["final_obs"][i] = self.join(infos["final_obs"][i], self.last_actions[i].copy(), self.last_rewards[i])
+            self.last_actions[i], self.last_rewards[i] = self.no_action, 0
+        return self.join(obs, self.last_actions, self.last_rewards), rewards, terminated, truncated, infos

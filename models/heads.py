@@ -16,7 +16,7 @@ class Categorical:
         self.logp = logits.log_softmax(-1)
 
     def sample(self):
-        # The exponential race: argmin E_a / p_a with E_a ~ Exp(1) picks a with probability p_a. One multinomial costs 3x.
+        # The exponential race: argmin E_a / p_a with E_a ~ Exp(1) picks a with probability p_a. multinomial() costs twice that.
         return (self.logp.exp() / torch.empty_like(self.logp).exponential_()).argmax(-1)
 
     def mode(self):
@@ -101,5 +101,5 @@ class PolicyHead(nn.Module):
         """Actions as the environment wants them: numpy, Box clipped to its bounds, integers from the space's start."""
         action = action.cpu().numpy()
         if isinstance(self.space, gym.spaces.Box):
-            return np.clip(action, self.space.low, self.space.high)
+            return np.clip(action, self.space.low, self.space.high).astype(self.space.dtype)
         return action + self.first

@@ -93,6 +93,14 @@ def test_no_phantom_transition(env_id):
         gym.make_vec(env_id, 2, autoreset_mode="NextStep")
 
 
+@pytest.mark.parametrize("env_id", ["PocMemory-v0", "CartPoleMasked-v0", "popgym-RepeatPreviousEasy-v0"])
+def test_environments_differ(env_id):
+    """One seed, sixteen environments: they must not all play the same episode."""
+    envs = gym.make_vec(env_id, 16)
+    obs = [envs.reset(seed=0)[0]] + [envs.step(np.zeros(16, int))[0] for _ in range(5)]
+    assert len({tuple(np.stack(obs)[:, i].flatten().tolist()) for i in range(16)}) >= 8
+
+
 def test_poc_memory_dynamics():
     env = gym.make("PocMemory-v0", render_mode="ansi")
     seen = set()
@@ -234,6 +242,15 @@ def test_previous_action_and_reward_are_observed():
             assert [infos["final_obs"][i][2] for i in (0, 1)] == pytest.approx(reward)
             action, reward = np.array([-1, -1]), np.zeros(2)
         assert obs[1].tolist() == action.tolist() and obs[2] == pytest.approx(reward)
+
+
+def test_previous_action_survives_the_reset_of_another_environment():
+    disabled = {"autoreset_mode": AutoresetMode.DISABLED}
+    envs = PreviousActionReward(gym.make_vec("PocMemory-v0", 3, "sync", disabled, freeze=False), action=True, reward=True)
+    envs.reset(seed=0)
+    envs.step(np.array([1, 0, 1]))
+    obs, _ = envs.reset(options={"reset_mask": np.array([True, False, False])})
+    assert obs[1].tolist() == [-1, 0, 1] and obs[2] == pytest.approx([0, -0.1, -0.1])
 
 
 def test_previous_action_of_multi_discrete_and_box():

@@ -1,13 +1,13 @@
 """Encoders for every space, heads against torch.distributions, running statistics against numpy."""
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
 from gymnasium.vector.utils import batch_space
 
-from models import Encoder, PolicyHead, RunningMeanStd, to_tensors
+from models import MEMORIES, Encoder, PolicyHead, RunningMeanStd, to_tensors
 from models.encoder import distinct
+from models.memory import SPAN
 
 SPACES = {
     "vector": (spaces.Box(-1, 1, (5,), np.float32), 5),
@@ -149,5 +149,29 @@ def test_encoder_normalises_vectors_only_and_only_when_asked():
         assert (out[:, 2:].count_nonzero(-1) == 1).all()
 
 
-def test_gym_is_recent_enough_for_same_step_autoreset():
-    assert gym.vector.AutoresetMode.SAME_STEP.value == "SameStep"
+def test_initial_policy_is_uniform():
+    dist = PolicyHead(64, spaces.Discrete(4))(torch.randn(100, 64))
+    assert (dist.logp.exp() - 0.25).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("name, forget_block", [("gru", 1), ("lstm", 1)])
+def test_gates_remember_for_1_to_span_steps(name, forget_block):
+    """With inputs and state 0 a unit keeps 1 - 1/tau of its state a step, tau spread over 1 to SPAN + 1, in every layer."""
+    torch.manual_seed(0)
+    rnn = MEMORIES[name](3, 200, num_layers=2).rnn
+    for layer in range(2):
+        bias = (getattr(rnn, f"bias_ih_l{layer}") + getattr(rnn, f"bias_hh_l{layer}")).detach().split(200)
+        tau = 1 / (1 - bias[forget_block].sigmoid())
+        assert 2 <= tau.min() < 4 and SPAN - 2 < tau.max() <= SPAN + 1
+        if name == "lstm":
+            torch.testing.assert_close(bias[0], -bias[1])
+
+
+def test_observations_with_negative_strides_are_taken():
+    flipped = np.arange(6, dtype=np.float32).reshape(2, 3)[:, ::-1]
+    assert to_tensors(spaces.Box(0, 9, (3,), np.float32), flipped, "cpu")[0].tolist() == flipped.tolist()
+
+
+def test_integer_box_actions_stay_integers():
+    head = PolicyHead(5, spaces.Box(0, 3, (2,), np.int64))
+    assert head.to_env(torch.tensor([[1.7, 9.0]])).tolist() == [[1, 3]]

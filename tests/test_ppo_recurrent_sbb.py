@@ -27,8 +27,12 @@ def run(tmp_path, script=ppo, resume_from=None, **changes):
     """Train in this process; returns the rows of progress.csv and the run folder."""
     args = script.Args(**{**SMALL, "runs_dir": str(tmp_path), "run_name": "run", **changes})
     script.check(args)
-    folder = script.train(args, script.load_checkpoint(args.resume) if args.resume else None)
+    folder = script.train(args, script.load("--resume", args.resume, script.read_checkpoint) if args.resume else None)
     return list(csv.DictReader((folder / "progress.csv").open())), folder
+
+
+def weights_of(folder):
+    return ppo.load("--model", folder / "model.safetensors", ppo.read_model)["agent"]
 
 
 def column(rows, name):
@@ -100,7 +104,7 @@ def test_first_logratio_is_zero(tmp_path, memory, layers, changes):
     rows, _ = run(tmp_path, memory=memory, num_layers=layers, **changes)
     assert len(rows) == 3 and max(column(rows, "debug/first_logratio")) < 1e-5
     assert max(column(rows, "debug/padding")) > 1 or changes.get("seq_len") == 1
-    assert max(column(rows, "losses/approx_kl")) > 1e-4                         # and then the policy did move
+    assert max(column(rows, "losses/approx_kl")) > 1e-6                         # and then the policy did move
 
 
 def planted(tmp_path, *replacements):
@@ -144,8 +148,8 @@ def test_classic_bug_state_saved_too_late(tmp_path, capsys):
 
 
 def test_pitfall_segments_from_zero_state(tmp_path, capsys):
-    assert_caught(tmp_path, capsys, ("seg_state = tuple(s[when[0], env] for s in states)",
-                                     "seg_state = tuple(torch.zeros_like(s[when[0], env]) for s in states)"))
+    assert_caught(tmp_path, capsys, ("seg_state = tuple(s[when[0], col] for s in states)",
+                                     "seg_state = tuple(torch.zeros_like(s[when[0], col]) for s in states)"))
 
 
 # ---------------------------------------------------------------------- padding, gradients, burn-in
@@ -199,30 +203,83 @@ def test_gradient_stops_at_the_segments_edge():
 
 def test_burn_in_refreshes_stored_states(tmp_path):
     """With today's weights, the refreshed state is what the segment before leads to, however stale the stored one."""
-    seen = []
-    module = planted(tmp_path, ("                    for s, f in zip(mb_state, fresh):\n",
-                                "                    seen.append((mb_state[0][c].clone(), fresh[0], at, memory_starts[at]))\n"
-                                "                    for s, f in zip(mb_state, fresh):\n"))
-    module.seen = seen
+    module = planted(tmp_path, ("                dist, newvalue, _ = agent(",
+                                "                if args.burn_in and c.any():\n"
+                                "                    seen.append((seg_state[0][mb[c]], mb_state[0][c], agent(tuple(o[at] for o "
+                                "in obs), tuple(s[first] for s in states), memory_starts[at])[2][0], at, memory_starts[at]))\n"
+                                "                dist, newvalue, _ = agent("))
+    module.seen = seen = []
     run(tmp_path, module, memory="gru", burn_in=5, learning_rate=(0.05,))
-    drift = [(stored - fresh).abs().max().item() for stored, fresh, _, _ in seen]
-    first, last = drift[0], drift[5]                                            # 6 minibatches an update
-    assert first < 1e-5 < 1e-3 < last                                           # no drift before the first gradient step
-    for _, _, (when, env), start in seen:
-        assert (when.diff(dim=0) == 1).all() and not start[1:].any()            # consecutive steps of one episode
+    for stored, used, fresh, (when, _), start in seen:
+        torch.testing.assert_close(used, fresh)                                 # what trains is the refreshed state
+        assert (when.diff(dim=0) == 1).all() and not start[1:].any()            # from consecutive steps of one episode
+    drift = [(stored - used).abs().max().item() for stored, used, *_ in seen]
+    assert drift[0] < 1e-5 < 1e-3 < drift[5]                                    # 6 minibatches an update: then stale
 
 
 def test_normalisation_travels_with_the_model(tmp_path):
     _, folder = run(tmp_path, norm_obs=True, norm_reward=True)
-    weights, args = ppo.load_model(folder / "model.safetensors")
+    content = ppo.load("--model", folder / "model.safetensors", ppo.read_model)
+    weights, args = content["agent"], content["args"]
     assert weights["encoder.leaves.0.stats.count"] == weights["return_stats.count"] == args.total_timesteps
-    assert args.norm_obs and args.norm_reward
+    assert args.norm_obs and args.norm_reward and args.device == "cpu"
+
+
+def test_rewards_are_scaled_by_the_spread_of_discounted_returns(tmp_path):
+    torch.manual_seed(0)
+    rewards, starts, before = torch.randn(9, 2), torch.rand(9, 2) < 0.3, torch.randn(2)
+    out = ppo.discount(rewards, starts, before, 0.9)
+    for n in range(2):
+        total = before[n]
+        for t in range(9):
+            total = rewards[t, n] + (0 if starts[t, n] else 0.9 * total)
+            torch.testing.assert_close(out[t, n], total)
+    module = planted(tmp_path, ("            rewards /= ", "            seen.append((rewards.clone(), discounted_returns))\n"
+                                "            rewards /= "), ("            advantages = gae(rewards,",
+                                "            seen[-1] += (rewards.clone(),)\n            advantages = gae(rewards,"))
+    module.seen = seen = []
+    run(tmp_path, module, norm_reward=True)
+    gathered = torch.cat([returns for _, returns, _ in seen])                   # [3 T, N]
+    torch.testing.assert_close(seen[-1][2] * gathered.std(correction=0), seen[-1][0], rtol=1e-4, atol=1e-6)
+
+
+def test_the_value_loss_is_ppos_clipped_one_and_target_kl_stops_the_epochs(tmp_path):
+    module = planted(tmp_path, ("                loss = pg_loss -",
+                                "                seen.append((newvalue, b_values[index], b_returns[index], v_loss, "
+                                "clip_coef))\n                loss = pg_loss -"))
+    module.seen = seen = []
+    run(tmp_path, module, learning_rate=(0.05,))
+    for new, old, returns, v_loss, clip in seen:
+        near = torch.minimum(torch.maximum(new, old - clip), old + clip)
+        expected = 0.5 * torch.stack([(new - returns) ** 2, (near - returns) ** 2]).max(0).values.mean()
+        torch.testing.assert_close(v_loss, expected)
+    assert any(((new - old).abs() > clip).any() for new, old, _, _, clip in seen) and len(seen) == 3 * 2 * 3
+    seen.clear()
+    run(tmp_path / "stopped", module, learning_rate=(0.05,), target_kl=1e-9)
+    assert len(seen) == 3 * 1 * 3                                               # one epoch of three minibatches an update
+
+
+def test_a_minibatch_of_one_step_trains(tmp_path):
+    rows, folder = run(tmp_path, num_envs=1, num_steps=8, seq_len=1, num_minibatches=8, total_timesteps=32)
+    assert len(rows) == 4 and all(w.isfinite().all() for w in weights_of(folder).values())
+
+
+def test_burn_in_with_images_and_nothing_to_burn(tmp_path):
+    rows, _ = run(tmp_path, env_id="MinigridMemory-v0", env_kwargs="{}", num_steps=16, seq_len=16, burn_in=4)
+    assert len(rows) == 6
 
 
 def test_a_time_limit_is_bootstrapped_and_a_death_is_not(tmp_path):
     module = planted(tmp_path, ("            advantages = gae(rewards,",
                                 "            seen.append((final_values.clone(), starts.clone(), next_start.clone()))\n"
-                                "            advantages = gae(rewards,"))
+                                "            advantages = gae(rewards,"),
+                     ("                final_values[t, time_limit] = value[0]\n",
+                      "                final_values[t, time_limit] = value[0]\n"
+                      "                for i, n in enumerate(time_limit):\n"
+                      "                    assert (last_obs[0][0, i].numpy() == infos['final_obs'][n]).all()\n"
+                      "                    alone = agent((last_obs[0][:, [i]],), tuple(s[[n]] for s in state), "
+                      "goes_on[:, [i]])\n"
+                      "                    torch.testing.assert_close(final_values[t, n], alone[1][0, 0])\n"))
     module.seen = seen = []
     run(tmp_path, module, env_kwargs='{"max_steps": 2}')                        # nothing but time limits
     for final_values, starts, next_start in seen:
@@ -239,15 +296,17 @@ def comparable(rows):
     return [{k: v for k, v in row.items() if k not in ("seconds", "charts/SPS") and not k.startswith("time/")} for row in rows]
 
 
-@pytest.mark.parametrize("changes", [{"memory": "lstm"}, {"memory": "gru", "norm_obs": True, "norm_reward": True,
-                                                          "prev_action": True, "eval_every": 128, "eval_episodes": 3}])
+@pytest.mark.parametrize("changes", [
+    {"memory": "lstm", "learning_rate": (1e-2, 1e-3, 2.0, 300)},
+    {"memory": "gru", "norm_obs": True, "norm_reward": True, "prev_action": True, "eval_every": 128, "eval_episodes": 3},
+])
 def test_resume_equals_never_having_stopped(tmp_path, changes):
     whole, folder = run(tmp_path, run_name="whole", **changes)
     _, half = run(tmp_path, run_name="half", total_timesteps=4 * 32 * 2, **changes)
     rows, half = run(tmp_path, resume=str(half), **changes)
     assert comparable(rows) == comparable(whole)
-    for name, weight in ppo.load_model(folder / "model.safetensors")[0].items():
-        assert torch.equal(weight, ppo.load_model(half / "model.safetensors")[0][name]), name
+    for name, weight in weights_of(folder).items():
+        assert torch.equal(weight, weights_of(half)[name]), name
 
 
 def test_same_seed_same_numbers_another_seed_others(tmp_path):
@@ -261,6 +320,16 @@ def test_resume_drops_rows_after_the_checkpoint(tmp_path):
         f.write("99999999" + "," * (len(rows[0]) - 1) + "\n")
     resumed, _ = run(tmp_path, resume=str(folder), total_timesteps=4 * 32 * 4)
     assert column(resumed, "global_step") == [128, 256, 384, 512]
+
+
+def test_other_peoples_tasks_and_another_number_of_environments_resume_with_new_episodes(tmp_path):
+    changes = dict(env_id="popgym-RepeatPreviousEasy-v0", env_kwargs="{}", prev_action=True)
+    _, folder = run(tmp_path, **changes)
+    rows, folder = run(tmp_path, resume=str(folder), total_timesteps=4 * 32 * 4, **changes)
+    assert column(rows, "global_step") == [128, 256, 384, 512] and max(column(rows, "debug/first_logratio")) < 1e-5
+    _, folder = run(tmp_path / "ours")
+    rows, _ = run(tmp_path / "ours", resume=str(folder), num_envs=5, total_timesteps=384 + 5 * 32)
+    assert column(rows, "global_step")[-1] == 384 + 5 * 32
 
 
 def test_run_folder_holds_what_design_says(tmp_path):
@@ -297,20 +366,21 @@ def test_ctrl_c_saves_and_exits_0_and_sigkill_leaves_only_whole_files(tmp_path, 
         time.sleep(random.uniform(0.5, 2.0))
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        steps.append(ppo.load_checkpoint(tmp_path / "run")["global_step"])      # whole, whenever the kill came
-        ppo.load_model(tmp_path / "run" / "model.safetensors")
+        steps.append(ppo.read_checkpoint(tmp_path / "run")["global_step"])      # whole, whenever the kill came
+        assert weights_of(tmp_path / "run")
         rows = list(csv.reader((tmp_path / "run" / "progress.csv").open()))
         assert all(len(row) == len(rows[0]) for row in rows)
         before = checkpoint.stat().st_mtime_ns
         process = start("--resume", tmp_path / "run")
         while checkpoint.stat().st_mtime_ns == before:
+            assert process.poll() is None, process.communicate()[1]
             time.sleep(0.05)
     time.sleep(1)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate()
     assert process.returncode == 0, stderr
     assert "interrupted at step" in stdout and f"--resume {tmp_path / 'run'}" in stdout
-    steps.append(ppo.load_checkpoint(tmp_path / "run")["global_step"])
+    steps.append(ppo.read_checkpoint(tmp_path / "run")["global_step"])
     assert steps[0] <= steps[1] < steps[2]
     column_of_steps = [int(r["global_step"]) for r in csv.DictReader((tmp_path / "run" / "progress.csv").open())]
     assert column_of_steps == list(range(128, steps[2] + 1, 128))               # no row lost, none twice
@@ -373,8 +443,19 @@ BAD = {
     "--device warp": "--device",
     "--memory elephant": "memory",
     "--model nowhere.safetensors": "does not exist",
-    "--model README.md": "safetensors",
-    "--resume nowhere": "checkpoint.pt",
+    "--model README.md": "cannot be read",
+    "--resume nowhere": "does not exist",
+    "--learning-rate -1": "--learning-rate",
+    "--learning-rate nan": "--learning-rate",
+    "--ent-coef 1e-3 1e-4 1 0": "--ent-coef",
+    "--ent-coef 1e-3 1e-4 -1": "--ent-coef",
+    "--clip-coef -0.2": "--clip-coef",
+    "--gamma nan": "--gamma",
+    "--gamma 1.5": "--gamma",
+    "--seed 99999999999999999999": "--seed",
+    "--device meta": "--device",
+    '--env-id MinigridMemory-v0 --env-kwargs {"size":8}': "--env-kwargs",
+    '--env-kwargs {"max_steps":"ten"}': "--env-kwargs",
     "--run-name taken": "--run-name",
 }
 
@@ -404,7 +485,10 @@ def test_files_of_others_are_refused(tmp_path, capsys):
 
     data = model.read_bytes()
     model.write_bytes(data[: len(data) // 2])                                   # torn in transfer
-    assert "not a readable safetensors file" in refused("--model", str(model))
+    assert "cannot be read" in refused("--model", str(model))
+    for metadata in ({"script": "ppo_recurrent_sbb"}, {"script": "ppo_recurrent_sbb", "args": "{"}, {}):
+        safetensors.torch.save_file({"w": torch.zeros(2)}, model, metadata)
+        assert "cannot be read" in refused("--model", str(model))
     safetensors.torch.save_file({"w": torch.zeros(2)}, model, {"script": "dqn_recurrent_tbb", "args": "{}"})
     assert "dqn_recurrent_tbb" in refused("--model", str(model))
     model.write_bytes(data)
@@ -412,12 +496,14 @@ def test_files_of_others_are_refused(tmp_path, capsys):
     assert "other sizes" in refused("--resume", str(folder), "--hidden-size", "9", "--total-timesteps", "1000")
     torch.save({"script": os.system}, checkpoint)                               # a pickle that names a function
     assert "cannot be read" in refused("--resume", str(folder))
+    torch.save([1, 2], checkpoint)
+    assert "cannot be read" in refused("--resume", str(folder))
 
 
 def test_a_loss_that_is_not_finite_is_named(tmp_path):
     with pytest.raises(SystemExit, match="not finite at step 128; the last checkpoint is"):
         run(tmp_path, planted(tmp_path, ("loss = pg_loss -", "loss = float('nan') * pg_loss -")))
-    assert all(w.isfinite().all() for w in ppo.load_model(tmp_path / "run" / "model.safetensors")[0].values())
+    assert all(w.isfinite().all() for w in weights_of(tmp_path / "run").values())
 
 
 # ---------------------------------------------------------------------- learning
