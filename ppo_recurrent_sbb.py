@@ -414,7 +414,7 @@ def train(args, checkpoint=None):
         run.mkdir(parents=True, exist_ok=bool(args.resume))
     except OSError as e:
         fail(f"--run-name {name} cannot be made in --runs-dir {args.runs_dir} ({e.strerror}); choose another or --resume {run}")
-    args_json = json.dumps(dataclasses.asdict(args), indent=2)
+    args_json = json.dumps({**dataclasses.asdict(args), "resume": None}, indent=2)
     save_atomically(run / "args.json", lambda path: path.write_text(args_json))
     progress = open_progress(run / "progress.csv", global_step)
     writer = SummaryWriter(run, purge_step=global_step + 1)
