@@ -12,8 +12,14 @@ States are batch first, so tuple(s[rows] for s in state) picks environments or s
 To add a memory, write such a class and add it to MEMORIES: every script's --memory and every law in
 tests/test_memory.py then include it.
 """
+import functools
+
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
+
+from models.linear import FFM, LRU, S5, S6, MinGRU, MinLSTM
+from models.matrix import GatedDeltaNet, LinearAttention
 
 SPAN = 32  # steps that the slowest unit of a new GRU or LSTM remembers
 
@@ -110,4 +116,32 @@ class NoMemory(nn.Module):
         return self.layers(x), state
 
 
-MEMORIES = {"gru": GRU, "lstm": LSTM, "none": NoMemory}
+class Stack(nn.Module):
+    """A network of memory layers, each [T, B, H] -> [T, B, H]: what makes a linear recurrence a strong memory.
+
+    x = W x; then for every layer  x = x + W_1 g * sigmoid(W_2 g),  g = gelu(layer(LN(x))): pre-norm, residual, with a gated
+    linear unit, as S5 and the LRU are used. State: the states of all layers, one after the other.
+    """
+
+    def __init__(self, layer, input_size, hidden_size, num_layers=1):
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.embed = nn.Linear(input_size, hidden_size)
+        self.norms = nn.ModuleList(nn.LayerNorm(hidden_size) for _ in range(num_layers))
+        self.layers = nn.ModuleList(layer(hidden_size) for _ in range(num_layers))
+        self.mixers = nn.ModuleList(nn.Linear(hidden_size, 2 * hidden_size) for _ in range(num_layers))
+
+    def initial_state(self, batch_size):
+        return tuple(s for layer in self.layers for s in layer.initial_state(batch_size))
+
+    def forward(self, x, state, start):
+        x, after = self.embed(x), ()
+        for norm, layer, mixer, before in zip(self.norms, self.layers, self.mixers, state, strict=True):
+            y, layer_state = layer(norm(x), (before,), start)
+            x, after = x + F.glu(mixer(F.gelu(y)), dim=-1), after + layer_state
+        return x, after
+
+
+MONOIDS = {"mingru": MinGRU, "minlstm": MinLSTM, "lru": LRU, "s5": S5, "s6": S6, "ffm": FFM,
+           "linear-attention": LinearAttention, "deltanet": GatedDeltaNet}
+MEMORIES = {"gru": GRU, "lstm": LSTM, "none": NoMemory} | {k: functools.partial(Stack, v) for k, v in MONOIDS.items()}

@@ -1,0 +1,202 @@
+"""Memories with a linear recurrence of one number a channel: h_t = a_t h_{t-1} + b_t, all found by models/scan.py.
+
+Each is one layer, size -> size, behind the interface of models/memory.py; Stack makes a network of them. They share
+
+    element    (a, b)                                     what one step does to the state: h -> a h + b
+    operator   (a, b) . (a', b') = (a a', a' b + b')      first the left one, then the right one
+    identity   (1, 0)
+    reset      a_t = 0 where an episode starts
+
+and differ in the lift, x_t -> (a_t, b_t), and in the readout, (h_t, x_t) -> y_t; each docstring gives both. * is elementwise.
+"""
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from models.scan import linear_scan
+
+SPAN = 32.0  # a new gated layer has channels that remember for 1 to SPAN steps
+
+
+class LinearRecurrence(nn.Module):
+    """What they share: lift, scan, readout."""
+
+    def __init__(self, size, state_shape, dtype=torch.float32):
+        super().__init__()
+        self.hidden_size, self.state_shape, self.complex = size, state_shape, dtype.is_complex
+
+    def initial_state(self, batch_size):
+        p = next(self.parameters())
+        return (p.new_zeros(batch_size, *self.state_shape, dtype=p.dtype.to_complex() if self.complex else p.dtype),)
+
+    def forward(self, x, state, start):
+        a, b = self.lift(x)                                             # [T, B, *state_shape], a perhaps without T and B
+        start = start.view(start.shape + (1,) * len(self.state_shape))
+        h = linear_scan(a.expand_as(b).masked_fill(start, 0), b, *state)
+        return self.readout(h, x), (h[-1],)
+
+
+class MinGRU(LinearRecurrence):
+    """minGRU (Feng et al. 2024, https://arxiv.org/abs/2410.01201, section 3.1): a GRU whose gate sees the input only.
+
+    h_t = (1 - z_t) h_{t-1} + z_t c_t      z = sigmoid(W_z x), c = W_c x
+    lift a = 1 - z, b = z c      readout y = h
+    PITFALL: the paper's log-space scan (its appendix B) cannot take this reset: log 0 = -inf, then -inf - -inf = NaN.
+    """
+
+    def __init__(self, size):
+        super().__init__(size, (size,))
+        self.maps = nn.Linear(size, 2 * size)
+        self.maps.bias.data[:size] = -torch.empty(size).uniform_(1, SPAN).log()     # chrono: 1 / z from 2 to SPAN + 1
+
+    def lift(self, x):
+        z, c = self.maps(x).chunk(2, dim=-1)
+        z = z.sigmoid()
+        return 1 - z, z * c
+
+    def readout(self, h, x):
+        return h
+
+
+class MinLSTM(LinearRecurrence):
+    """minLSTM (Feng et al. 2024, section 3.2): forget and input gate, normalised to f + i = 1.
+
+    h_t = f_t h_{t-1} + i_t c_t      f' = sigmoid(W_f x), i' = sigmoid(W_i x), f = f' / (f' + i'), i = i' / (f' + i'), c = W_c x
+    lift a = f, b = i c      readout y = h
+    """
+
+    def __init__(self, size):
+        super().__init__(size, (size,))
+        self.maps = nn.Linear(size, 3 * size)
+        self.maps.bias.data[size : 2 * size] = -torch.empty(size).uniform_(1, SPAN).log()
+
+    def lift(self, x):
+        f, i, c = self.maps(x).chunk(3, dim=-1)
+        f, i = f.sigmoid(), i.sigmoid()
+        return f / (f + i), i / (f + i) * c
+
+    def readout(self, h, x):
+        return h
+
+
+class LRU(LinearRecurrence):
+    """Linear recurrent unit (Orvieto et al. 2023, https://arxiv.org/abs/2303.06349): a constant complex diagonal.
+
+    h_t = lambda h_{t-1} + gamma B x_t      lambda = exp(-exp(nu) + i exp(theta)), gamma = sqrt(1 - |lambda|^2) when new
+    lift a = lambda, b = gamma B x      readout y = Re(C h) + D x
+    |lambda|^2 is uniform over the ring [0.9, 1], the phase over [0, 2 pi], so that channels remember for 10 steps and more.
+    """
+
+    def __init__(self, size, r_min=0.9, r_max=0.999):
+        super().__init__(size, (size,), torch.complex64)
+        modulus2 = torch.empty(size).uniform_(r_min**2, r_max**2)
+        self.nu = nn.Parameter((-0.5 * modulus2.log()).log())
+        self.theta = nn.Parameter(torch.empty(size).uniform_(0, 2 * math.pi).log())
+        self.gamma_log = nn.Parameter(0.5 * (1 - modulus2).log())
+        self.B = nn.Linear(size, 2 * size, bias=False)                  # (real, imaginary) of each channel
+        self.C = nn.Linear(2 * size, size, bias=False)                  # (real, -imaginary)
+        self.D = nn.Parameter(torch.randn(size))
+        nn.init.normal_(self.B.weight, std=(2 * size) ** -0.5)
+        nn.init.normal_(self.C.weight, std=size**-0.5)
+
+    def lift(self, x):
+        a = torch.exp(torch.complex(-self.nu.exp(), self.theta.exp()))
+        b = self.B(x).unflatten(-1, (-1, 2)) * self.gamma_log.exp()[:, None]
+        return a, torch.view_as_complex(b)
+
+    def readout(self, h, x):
+        return self.C(torch.view_as_real(h).flatten(-2)) + self.D * x
+
+
+class S5(LinearRecurrence):
+    """S5 (Smith et al. 2023, https://arxiv.org/abs/2208.04933): a continuous-time linear system, sampled.
+
+    dh/dt = Lambda h + B x, held for a time step Delta a channel:  h_t = exp(Lambda Delta) h_{t-1} + (exp(Lambda Delta) - 1) / Lambda B x_t
+    lift a = exp(Lambda Delta), b = (a - 1) / Lambda B x      readout y = 2 Re(C h) + D x
+    Lambda, B and C begin as the normal part of HiPPO-LegS, diagonalised; of its conjugate pairs, `size` / 2 are kept.
+    """
+
+    def __init__(self, size, dt_min=0.001, dt_max=0.1):
+        super().__init__(size, (size // 2,), torch.complex64)
+        n = torch.arange(size, dtype=torch.float64)
+        p = (n + 0.5).sqrt()
+        skew = torch.tril(-2 * torch.outer(p, p), -1) / 2               # HiPPO-LegS + p p^T = -1/2 + (skew - skew^T)
+        eigenvalues, V = torch.linalg.eigh(-1j * (skew - skew.T))       # ascending
+        imaginary, V = eigenvalues[size - size // 2 :].float(), V[:, size - size // 2 :].to(torch.complex64)
+        self.log_real = nn.Parameter(torch.full((size // 2,), math.log(0.5)))
+        self.imaginary = nn.Parameter(imaginary)
+        self.log_dt = nn.Parameter(torch.empty(size // 2).uniform_(math.log(dt_min), math.log(dt_max)))
+        self.B = nn.Linear(size, size, bias=False)
+        self.C = nn.Linear(size, size, bias=False)
+        self.D = nn.Parameter(torch.randn(size))
+        random_B, random_C = torch.randn(2, size, size, dtype=torch.complex64).mul(size**-0.5).unbind()
+        B, C = V.mH @ random_B.real.to(V.dtype), random_C.real.to(V.dtype) @ V
+        with torch.no_grad():
+            self.B.weight.copy_(torch.view_as_real(B).transpose(1, 2).flatten(0, 1))
+            self.C.weight.copy_(torch.view_as_real(2 * C.conj()).flatten(1))
+
+    def lift(self, x):
+        rate = torch.complex(-self.log_real.exp(), self.imaginary)
+        a = (rate * self.log_dt.exp()).exp()
+        return a, torch.view_as_complex(self.B(x).unflatten(-1, (-1, 2))) * ((a - 1) / rate)
+
+    def readout(self, h, x):
+        return self.C(torch.view_as_real(h).flatten(-2)) + self.D * x
+
+
+class S6(LinearRecurrence):
+    """Selective state space, the recurrence of Mamba (Gu and Dao 2023, https://arxiv.org/abs/2312.00752, without its convolution).
+
+    Each of the D channels keeps N numbers:  h_t = exp(Delta_t A) h_{t-1} + Delta_t B_t x_t      [D, N]
+    lift a = exp(Delta A), b = Delta B x, with Delta [D] = softplus(W_Delta x), B [N] = W_B x      readout y = h C + D x, C [N] = W_C x
+    """
+
+    def __init__(self, size, state_size=8, dt_min=0.001, dt_max=0.1):
+        super().__init__(size, (size, state_size))
+        self.A_log = nn.Parameter(torch.arange(1.0, state_size + 1).log().repeat(size, 1))
+        self.D = nn.Parameter(torch.ones(size))
+        self.dt, self.B, self.C = nn.Linear(size, size), nn.Linear(size, state_size), nn.Linear(size, state_size)
+        dt = torch.empty(size).uniform_(math.log(dt_min), math.log(dt_max)).exp()
+        self.dt.weight.data *= 0.1
+        self.dt.bias.data = dt + (-torch.expm1(-dt)).log()              # softplus(bias) = dt
+
+    def lift(self, x):
+        dt = F.softplus(self.dt(x))[..., None]                          # [T, B, D, 1]
+        return torch.exp(-dt * self.A_log.exp()), dt * x[..., None] * self.B(x)[..., None, :]
+
+    def readout(self, h, x):
+        return (h @ self.C(x)[..., None]).squeeze(-1) + self.D * x
+
+
+class FFM(LinearRecurrence):
+    """Fast and forgetful memory (Morad et al. 2023, https://arxiv.org/abs/2310.04128).
+
+    Each of m traces is kept in c contexts, which decay alike but turn at different speeds:  S_t = gamma S_{t-1} + u_t 1^T, [m, c]
+    lift a = gamma = exp(-|alpha| + i omega), b = u = sigmoid(W_g x) * W_u x, the same for all contexts
+    readout y = LN(z) * sigmoid(W_o x) + (1 - sigmoid(W_o x)) * W_s x, z = W_z [Re S; Im S]
+    alpha begins evenly in [1e-6, 0.5], the periods 2 pi / omega in [1, 1000]. (The paper's LN(z * gate) would undo the gate.)
+    """
+
+    def __init__(self, size, contexts=4):
+        traces = size // contexts
+        super().__init__(size, (traces, contexts), torch.complex64)
+        self.alpha = nn.Parameter(torch.linspace(1e-6, 0.5, traces))
+        self.omega = nn.Parameter(2 * math.pi / torch.linspace(1, 1000, contexts))
+        self.inputs = nn.Linear(size, 2 * traces)
+        self.outputs = nn.Linear(size, 2 * size)
+        self.mix = nn.Linear(2 * traces * contexts, size)
+        self.norm = nn.LayerNorm(size, elementwise_affine=False)
+
+    def lift(self, x):
+        gate, u = self.inputs(x).chunk(2, dim=-1)
+        u = (gate.sigmoid() * u)[..., None].expand(*x.shape[:-1], *self.state_shape)
+        a = torch.exp(torch.complex(-self.alpha.abs()[:, None].expand(self.state_shape), self.omega.expand(self.state_shape)))
+        return a, u.to(a.dtype)
+
+    def readout(self, h, x):
+        z = self.mix(torch.view_as_real(h).flatten(-3))
+        gate, skip = self.outputs(x).chunk(2, dim=-1)
+        gate = gate.sigmoid()
+        return self.norm(z) * gate + (1 - gate) * skip
