@@ -39,7 +39,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from envs.wrappers import PreviousActionReward, ResetOptions  # importing envs registers its tasks
-from models import MEMORIES, Encoder, PolicyHead, RunningMeanStd, init, to_tensors
+from models import MEMORIES, Encoder, PolicyHead, RunningMeanStd, init, linear_scan, to_tensors
 
 SCRIPT = Path(__file__).stem
 TAGS = ("charts/episodic_return charts/episodic_length charts/success charts/SPS charts/learning_rate eval/episodic_return "
@@ -154,20 +154,8 @@ def gae(rewards, values, starts, final_values, next_value, next_start, gamma, la
     # KNOWN BUG (CleanRL ppo_atari_lstm.py, recurrent-ppo's wrappers): a time limit treated as death. Symptom: values too
     #   low near the limit. Here: final_values. Test: test_ppo_recurrent_tbb.py::test_gae_equals_its_definition.
     deltas = rewards + gamma * (next_values * ~next_starts + final_values) - values         # [T, N]
-    decays, last, advantages = gamma * lam * ~next_starts, torch.zeros_like(next_value), []
-    for delta, decay in zip(deltas.flip(0).unbind(), decays.flip(0).unbind()):
-        last = delta + decay * last
-        advantages.append(last)
-    return torch.stack(advantages[::-1])                    # [T, N]
-
-
-def discount(rewards, starts, before, gamma):
-    """Running discounted return of each episode so far, whose spread is the scale of rewards.   [T, N]; before [N]"""
-    out = []
-    for reward, start in zip(rewards, starts):
-        before = reward + gamma * before * ~start
-        out.append(before)
-    return torch.stack(out)                                 # [T, N]
+    # A_t = delta_t + gamma lam A_{t+1}, cut where an episode starts: a linear recurrence, backwards in time.
+    return linear_scan((gamma * lam * ~next_starts).flip(0), deltas.flip(0), torch.zeros_like(next_value)).flip(0)
 
 
 def polynomial(schedule, step, total_steps):
@@ -469,7 +457,7 @@ def train(args, checkpoint=None):
 
         # -------------------------------------------------------------- targets
         if args.norm_reward:
-            discounted_returns = discount(rewards, starts, discounted, args.gamma)
+            discounted_returns = linear_scan(args.gamma * ~starts, rewards, discounted)    # [T, N], of the episode so far
             discounted = discounted_returns[-1]
             agent.return_stats.update(discounted_returns)
             rewards /= agent.return_stats.var.sqrt().float() + 1e-8

@@ -3,5 +3,6 @@ from models.encoder import Encoder, init, to_tensors
 from models.heads import PolicyHead
 from models.memory import MEMORIES
 from models.running_stats import RunningMeanStd
+from models.scan import linear_scan
 
-__all__ = ["MEMORIES", "Encoder", "PolicyHead", "RunningMeanStd", "init", "to_tensors"]
+__all__ = ["MEMORIES", "Encoder", "PolicyHead", "RunningMeanStd", "init", "linear_scan", "to_tensors"]
