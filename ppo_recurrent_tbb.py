@@ -56,12 +56,12 @@ class Args:
     seed: int = 1  # of environments, network and sampling
     device: str = "auto"  # auto (cuda if there is one), cpu, cuda, cuda:1
     num_threads: int = 1  # torch threads; more than one pays for images
-    num_envs: int = 16  # N
-    num_steps: int = 128  # T, steps per environment and rollout
-    total_timesteps: int = 61_440  # environment steps
+    num_envs: int = 64  # N
+    num_steps: int = 64  # T, steps per environment and rollout
+    total_timesteps: int = 400_000  # environment steps
 
-    memory: Literal[tuple(MEMORIES)] = "gru"  # the memory model
-    hidden_size: int = 32  # H, of the memory
+    memory: Literal[tuple(MEMORIES)] = "lru"  # the memory model
+    hidden_size: int = 64  # H, of the memory
     num_layers: int = 1  # of the memory
     encoder_size: int = 0  # linear layer with ReLU between observation features and memory; 0: none
     mlp_size: int = 64  # hidden layer of policy and of value
@@ -71,16 +71,16 @@ class Args:
     max_prefix: int = 1024  # with --full-episodes: at most this many earlier steps
     reset_state: bool = True  # whether the memory forgets between episodes
 
-    learning_rate: tuple[float, ...] = (3e-4,)  # schedule: initial [final [power [decay-steps]]]
-    ent_coef: tuple[float, ...] = (1e-3, 1e-4)  # schedule of the entropy bonus
+    learning_rate: tuple[float, ...] = (2e-3, 0.0)  # schedule: initial [final [power [decay-steps]]]
+    ent_coef: tuple[float, ...] = (1e-2, 0.0)  # schedule of the entropy bonus
     clip_coef: tuple[float, ...] = (0.2,)  # schedule of PPO's clip range
     gamma: float = 0.99  # discount
     gae_lambda: float = 0.95  # of generalized advantage estimation
-    num_minibatches: int = 8  # minibatches of whole columns per epoch
-    update_epochs: int = 4  # passes over the rollout
+    num_minibatches: int = 4  # minibatches of whole columns per epoch
+    update_epochs: int = 3  # passes over the rollout
     norm_adv: bool = True  # normalise advantages in each minibatch, over its steps
     clip_vloss: bool = True  # clip the value loss as PPO clips the policy's
-    vf_coef: float = 0.1  # weight of the value loss
+    vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # gradient clipping
     target_kl: float | None = None  # stop the epochs of an update once approx_kl is beyond this
     norm_obs: bool = False  # normalise vector observations by running statistics

@@ -103,8 +103,8 @@ class LRU(LinearRecurrence):
 
     def lift(self, x):
         a = torch.exp(torch.complex(-self.nu.exp(), self.theta.exp()))
-        b = self.B(x).unflatten(-1, (-1, 2)) * self.gamma_log.exp()[:, None]
-        return a, torch.view_as_complex(b)
+        b = F.linear(x, self.B.weight * self.gamma_log.exp().repeat_interleave(2)[:, None])
+        return a, torch.view_as_complex(b.unflatten(-1, (-1, 2)))
 
     def readout(self, h, x):
         return self.C(torch.view_as_real(h).flatten(-2)) + self.D * x
