@@ -44,11 +44,12 @@ def readme_table(rows):
 
 def speed_table(rows):
     """The README's table of speeds, from the rows of speed.csv."""
-    out = ["| task | threads | ours, steps/s | RecurrentPPO, steps/s | ratio | our time: policy, env, batch, update, log |",
-           "|---|---|---|---|---|---|"]
+    out = ["| task | script, memory | threads | ours, steps/s | RecurrentPPO, steps/s | ratio | policy, env, batch, update |",
+           "|---|---|---|---|---|---|---|"]
     for row in rows:
-        shares = ", ".join(f"{float(row[f'share_{part}']):.0%}" for part in ("policy", "env", "batch", "update", "log"))
-        out.append(f"| {row['task']}{' (two LSTMs)' if row['separate_lstm'] == 'True' else ''} | {row['threads']} | "
+        shares = ", ".join(f"{float(row[f'share_{part}']):.0%}" for part in ("policy", "env", "batch", "update"))
+        out.append(f"| {row['task']}{' (two LSTMs)' if row['separate_lstm'] == 'True' else ''} | "
+                   f"{row['script']}, {row['memory']}{' x 2' if row['layers'] == '2' else ''} | {row['threads']} | "
                    f"{int(row['ours']):,} | {int(row['sb3']):,} | {row['ratio']} | {shares} |")
     return "\n".join(out) + "\n"
 

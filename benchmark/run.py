@@ -2,6 +2,7 @@
 
 Runs go to <runs-dir>/<entry>__<seed>. Finished ones are skipped, interrupted ones resumed.
 """
+import itertools
 import json
 import shlex
 import subprocess
@@ -24,6 +25,20 @@ class Args:
     dry_run: bool = False  # print the commands, run nothing
 
 
+def entries():
+    """The entries of tasks.toml by name. One with a `grid` becomes one a combination: its values, by their short names, join
+    the name and fill the {placeholders} of the command."""
+    out = {}
+    for name, entry in tomllib.loads((Path(__file__).parent / "tasks.toml").read_text()).items():
+        axes = [values.items() for values in entry.get("grid", {}).values()]
+        for cell in itertools.product(*axes):
+            command, short = entry["command"], [key for key, _ in cell]
+            if cell:
+                command = command.format(**dict(zip(entry["grid"], (value for _, value in cell))))
+            out["__".join([name, *short])] = {**entry, "command": command, "group": name, "cell": short}
+    return out
+
+
 def finished(folder):
     """Whether the run's last row is its last rollout."""
     if not (folder / "progress.csv").exists():
@@ -44,9 +59,10 @@ def run(command, folder):
 
 def main():
     args = tyro.cli(Args)
-    entries = tomllib.loads((Path(__file__).parent / "tasks.toml").read_text())
+    chosen = {name: entry for name, entry in entries().items() if args.only in name}
     jobs = [(shlex.split(entry["command"]) + ["--seed", str(seed)], Path(args.runs_dir).resolve() / f"{name}__{seed}")
-            for name, entry in entries.items() if args.only in name for seed in entry["seeds"]]
+            for seed in sorted({seed for entry in chosen.values() for seed in entry["seeds"]})
+            for name, entry in chosen.items() if seed in entry["seeds"]]
     if args.dry_run:
         return print("\n".join(shlex.join(command) for command, _ in jobs))
     with ThreadPoolExecutor(args.workers) as pool:

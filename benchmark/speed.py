@@ -2,11 +2,13 @@
 
     pip install -r benchmark/requirements.txt
     python benchmark/speed.py --tasks poc cartpole minigrid --repeats 3
+    python benchmark/speed.py --tasks repeat --ours sbb:lstm tbb:lstm tbb:lru tbb:mingru
+    python benchmark/speed.py --memories                                      one layer of every memory, forward + backward
 
-Runs ppo_recurrent_sbb.py and sb3-contrib's RecurrentPPO in turn, at equal work: the same vectorised task, network (one LSTM
-for policy and value, then one hidden layer each), rollout, epochs, minibatches, optimiser steps and torch threads. Prints
-steps per second (first update left out: it warms up), the ratio of the medians, and where our time goes. On MinigridMemory
-"equal work" includes a difference by design: our encoder convolves each distinct view of a batch once, theirs every image.
+Runs our PPO scripts and sb3-contrib's RecurrentPPO in turn, at equal work: the same vectorised task, network (one LSTM for
+policy and value, then one hidden layer each), rollout, epochs, minibatches, optimiser steps and torch threads. Prints steps
+per second (first update left out: it warms up), the ratio of the medians, and where our time goes. On MinigridMemory "equal
+work" includes a difference by design: our encoder convolves each distinct view of a batch once, theirs every image.
 --separate-lstm gives RecurrentPPO its default instead, a second LSTM for the critic: more work, but what a user gets.
 """
 import csv
@@ -29,29 +31,35 @@ TASKS = {
     "poc": ("PocMemory-v0", {}, 16, 128, 8, 32, 64, 0, 16),
     "cartpole": ("CartPoleMasked-v0", {}, 16, 256, 4, 64, 128, 0, 16),
     "minigrid": ("MinigridMemory-v0", {}, 16, 256, 8, 256, 512, 512, 1),
+    "repeat": ("popgym-RepeatPreviousEasy-v0", {}, 64, 128, 4, 64, 64, 0, 4),
 }
+TAPES = ((2_048, 1), (128, 16))  # T, B of --memories
 
 
 @dataclass
 class Args:
-    tasks: tuple[str, ...] = ("poc", "cartpole")  # poc, cartpole, minigrid
+    tasks: tuple[str, ...] = ("poc", "cartpole")  # poc, cartpole, minigrid, repeat
+    ours: tuple[str, ...] = ("sbb:lstm",)  # which of ours: script:memory; RecurrentPPO has the LSTM only
+    num_layers: int = 1  # of every memory, RecurrentPPO's too
     repeats: int = 3  # runs of each, alternating
     threads: int = 1  # torch threads
-    memory: str = "lstm"  # of ours; RecurrentPPO has the LSTM only
+    memories: bool = False  # time the layers of --layer-size instead
+    layer_size: int = 128  # H of --memories
     separate_lstm: bool = False  # RecurrentPPO's default: a second LSTM for the critic
     out: str | None = None  # also append the table to this CSV file
     child: str | None = None  # internal: run RecurrentPPO on this task and print its speed
 
 
-def ours(args, task):
+def ours(args, task, script, memory):
     """Steps per second and the share of time of each phase, from the run's own progress.csv."""
     env_id, kwargs, N, T, minibatches, hidden, mlp, encoder, updates = TASKS[task]
     with tempfile.TemporaryDirectory() as folder:
         flags = {"env-id": env_id, "env-kwargs": json.dumps(kwargs), "num-envs": N, "num-steps": T, "update-epochs": 4,
-                 "num-minibatches": minibatches, "memory": args.memory, "hidden-size": hidden, "mlp-size": mlp,
-                 "encoder-size": encoder, "seq-len": 8, "total-timesteps": (updates + 1) * N * T, "device": "cpu",
-                 "num-threads": args.threads, "runs-dir": folder, "run-name": "speed"}
-        command = [sys.executable, ROOT / "ppo_recurrent_sbb.py", *(str(x) for k, v in flags.items() for x in (f"--{k}", v))]
+                 "num-minibatches": minibatches, "memory": memory, "hidden-size": hidden, "mlp-size": mlp,
+                 "encoder-size": encoder, "total-timesteps": (updates + 1) * N * T, "device": "cpu",
+                 "num-layers": args.num_layers, "num-threads": args.threads, "runs-dir": folder, "run-name": "speed"}
+        flags = [str(x) for k, v in flags.items() for x in (f"--{k}", v)]
+        command = [sys.executable, ROOT / f"ppo_recurrent_{script}.py", *flags]
         subprocess.run(command, check=True, capture_output=True)
         rows = list(csv.DictReader((Path(folder) / "speed" / "progress.csv").open()))[1:]
     spent = {name: sum(float(row[f"time/{name}"]) for row in rows) for name in ("policy", "env", "batch", "update", "log")}
@@ -60,7 +68,7 @@ def ours(args, task):
 
 def theirs(args, task):
     """Steps per second of RecurrentPPO, in a process of its own."""
-    command = [sys.executable, __file__, "--child", task, "--threads", str(args.threads)]
+    command = [sys.executable, __file__, "--child", task, "--threads", str(args.threads), "--num-layers", str(args.num_layers)]
     command += ["--separate-lstm"] if args.separate_lstm else []
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
@@ -120,9 +128,12 @@ def run_sb3(args):
 
     torch.set_num_threads(args.threads)
     env_id, kwargs, N, T, minibatches, hidden, mlp, encoder, updates = TASKS[args.child]
-    envs = gym.make_vec(env_id, N, **kwargs)
-    policy_kwargs = dict(lstm_hidden_size=hidden, net_arch=[mlp], shared_lstm=not args.separate_lstm,
-                         enable_critic_lstm=args.separate_lstm)
+    if gym.spec(env_id).vector_entry_point:
+        envs = gym.make_vec(env_id, N, **kwargs)
+    else:
+        envs = gym.make_vec(env_id, N, "sync", {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}, **kwargs)
+    policy_kwargs = dict(lstm_hidden_size=hidden, n_lstm_layers=args.num_layers, net_arch=[mlp],
+                         shared_lstm=not args.separate_lstm, enable_critic_lstm=args.separate_lstm)
     if encoder:
         policy_kwargs["features_extractor_kwargs"] = {"features_dim": encoder}
     model = RecurrentPPO("CnnLstmPolicy" if encoder else "MlpLstmPolicy", Adapter(envs), n_steps=T, n_epochs=4, device="cpu",
@@ -132,24 +143,61 @@ def run_sb3(args):
     print(updates * N * T / (time.perf_counter() - clock.times[1]))
 
 
+def time_layers(args):
+    """Milliseconds of one layer, forward + backward, on one long tape and on 16 columns; medians, the layers in turn."""
+    import torch
+    import torch.nn as nn
+
+    from models.memory import MONOIDS
+
+    torch.set_num_threads(args.threads)
+    H, rows = args.layer_size, []
+    for T, B in TAPES:
+        x, start = torch.randn(T, B, H, requires_grad=True), torch.rand(T, B) < 0.02
+        layers = {"nn.GRU": nn.GRU(H, H), "nn.LSTM": nn.LSTM(H, H)} | {name: layer(H) for name, layer in MONOIDS.items()}
+        times = {name: [] for name in layers}
+        for _ in range(args.repeats + 1):                                       # the first is for warming up
+            for name, layer in layers.items():
+                begin = time.perf_counter()
+                y = layer(x)[0] if name.startswith("nn.") else layer(x, layer.initial_state(B), start)[0]
+                y.sum().backward()
+                times[name].append(1000 * (time.perf_counter() - begin))
+        ms = {name: statistics.median(t[1:]) for name, t in times.items()}
+        for name in layers:
+            rows.append({"T": T, "B": B, "H": H, "threads": args.threads, "layer": name, "n": args.repeats,
+                         "ms": round(ms[name], 2), "times_faster_than_gru": round(ms["nn.GRU"] / ms[name], 2),
+                         "times_faster_than_lstm": round(ms["nn.LSTM"] / ms[name], 2)})
+            print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
+    append(args.out, rows)
+
+
 def main():
     args = tyro.cli(Args)
     if args.child:
         return run_sb3(args)
+    if args.memories:
+        return time_layers(args)
     rows = []
     for task in args.tasks:
-        pairs = [(ours(args, task), theirs(args, task)) for _ in range(args.repeats)]          # alternating
-        our_speed = statistics.median(speed for (speed, _), _ in pairs)
-        sb3_speed = statistics.median(speed for _, speed in pairs)
-        share = {k: statistics.median(shares[k] for (_, shares), _ in pairs) for k in pairs[0][0][1]}
-        rows.append({"task": task, "threads": args.threads, "memory": args.memory, "separate_lstm": args.separate_lstm,
-                     "n": args.repeats,
-                     "ours": round(our_speed), "sb3": round(sb3_speed), "ratio": round(our_speed / sb3_speed, 2),
-                     **{f"share_{k}": round(v, 2) for k, v in share.items()}})
-        print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
-    if args.out:
-        new = not Path(args.out).exists()
-        with open(args.out, "a", newline="") as f:
+        names = [tuple(name.split(":")) for name in args.ours]                  # (script, memory)
+        runs = [([ours(args, task, *name) for name in names], theirs(args, task)) for _ in range(args.repeats)]    # alternating
+        sb3_speed = statistics.median(speed for _, speed in runs)
+        for i, (script, memory) in enumerate(names):
+            our_speed = statistics.median(our[i][0] for our, _ in runs)
+            share = {k: statistics.median(our[i][1][k] for our, _ in runs) for k in runs[0][0][i][1]}
+            rows.append({"task": task, "script": script, "memory": memory, "layers": args.num_layers, "threads": args.threads,
+                         "separate_lstm": args.separate_lstm, "n": args.repeats, "ours": round(our_speed),
+                         "sb3": round(sb3_speed), "ratio": round(our_speed / sb3_speed, 2),
+                         **{f"share_{k}": round(v, 2) for k, v in share.items()}})
+            print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
+    append(args.out, rows)
+
+
+def append(path, rows):
+    """Add rows to a CSV file, which gets its header with the first ones."""
+    if path:
+        new = not Path(path).exists()
+        with open(path, "a", newline="") as f:
             writer = csv.DictWriter(f, rows[0])
             if new:
                 writer.writeheader()

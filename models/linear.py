@@ -124,15 +124,15 @@ class S5(LinearRecurrence):
         p = (n + 0.5).sqrt()
         skew = torch.tril(-2 * torch.outer(p, p), -1) / 2               # HiPPO-LegS + p p^T = -1/2 + (skew - skew^T)
         eigenvalues, V = torch.linalg.eigh(-1j * (skew - skew.T))       # ascending
-        imaginary, V = eigenvalues[size - size // 2 :].float(), V[:, size - size // 2 :].to(torch.complex64)
+        imaginary, V = eigenvalues[size - size // 2 :].to(torch.get_default_dtype()), V[:, size - size // 2 :]
         self.log_real = nn.Parameter(torch.full((size // 2,), math.log(0.5)))
         self.imaginary = nn.Parameter(imaginary)
         self.log_dt = nn.Parameter(torch.empty(size // 2).uniform_(math.log(dt_min), math.log(dt_max)))
         self.B = nn.Linear(size, size, bias=False)
         self.C = nn.Linear(size, size, bias=False)
         self.D = nn.Parameter(torch.randn(size))
-        random_B, random_C = torch.randn(2, size, size, dtype=torch.complex64).mul(size**-0.5).unbind()
-        B, C = V.mH @ random_B.real.to(V.dtype), random_C.real.to(V.dtype) @ V
+        random_B, random_C = (size**-0.5 * torch.randn(2, size, size)).to(V.dtype).unbind()
+        B, C = V.mH @ random_B, random_C @ V
         with torch.no_grad():
             self.B.weight.copy_(torch.view_as_real(B).transpose(1, 2).flatten(0, 1))
             self.C.weight.copy_(torch.view_as_real(2 * C.conj()).flatten(1))
