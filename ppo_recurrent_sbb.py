@@ -49,7 +49,7 @@ TAGS = ("charts/episodic_return charts/episodic_length charts/success charts/SPS
 
 @dataclass
 class Args:
-    env_id: str = "PocMemory-v0"  # any Gymnasium id; popgym-*, Memory Gym's and this repository's are registered
+    env_id: str = "PocMemory-v0"  # any Gymnasium id; popgym-*, Memory Gym's and our own are registered
     env_kwargs: str = "{}"  # JSON, passed to the task's constructor
     reset_options: str = "{}"  # JSON, passed to every reset(options=...)
     seed: int = 1  # of environments, network and sampling

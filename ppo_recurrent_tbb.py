@@ -50,7 +50,7 @@ TAGS = ("charts/episodic_return charts/episodic_length charts/success charts/SPS
 
 @dataclass
 class Args:
-    env_id: str = "popgym-RepeatPreviousEasy-v0"  # any Gymnasium id; popgym-*, Memory Gym's and this repository's are registered
+    env_id: str = "popgym-RepeatPreviousEasy-v0"  # any Gymnasium id; popgym-*, Memory Gym's and our own are registered
     env_kwargs: str = "{}"  # JSON, passed to the task's constructor
     reset_options: str = "{}"  # JSON, passed to every reset(options=...)
     seed: int = 1  # of environments, network and sampling
@@ -67,7 +67,7 @@ class Args:
     mlp_size: int = 64  # hidden layer of policy and of value
     prev_action: bool = False  # feed the previous action to the memory
     prev_reward: bool = False  # feed the previous reward to the memory
-    full_episodes: bool = False  # the tape also holds the earlier steps of unfinished episodes: no stale state, no truncation
+    full_episodes: bool = False  # the tape also holds unfinished episodes' earlier steps: no stale state, no truncation
     max_prefix: int = 1024  # with --full-episodes: at most this many earlier steps
     reset_state: bool = True  # whether the memory forgets between episodes
 
@@ -354,7 +354,8 @@ def train(args, checkpoint=None):
         same = all(getattr(args, k) == getattr(checkpoint["args"], k) for k in ("env_id", "env_kwargs", "num_envs"))
         if checkpoint["envs"] and same:                     # our own tasks go on to the bit, as if never interrupted
             envs.unwrapped.load_state_dict(checkpoint["envs"])
-            next_obs, state, (next_start, discounted), prefix = (tuple(x.to(device) for x in xs) for xs in checkpoint["tensors"])
+            tensors_of = (tuple(x.to(device) for x in xs) for xs in checkpoint["tensors"])
+            next_obs, state, (next_start, discounted), prefix = tensors_of
             episode_return, episode_length = (x.numpy() for x in checkpoint["episodes"])
         else:                                               # others cannot be saved: new episodes, not the first ones again
             next_obs = tensors(envs.reset(seed=args.seed + global_step)[0])

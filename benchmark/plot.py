@@ -1,15 +1,17 @@
 """Collect the runs of tasks.toml into compact CSV files, a table of seeds and a figure each.   python benchmark/plot.py
 
 Writes to benchmark/results: <entry>.csv (seed, step, seconds, return, success; about 100 rows a seed), <entry>.png, and
-table.csv (one row a seed: when the level was first reached, what was reached at best and at the end); and from table.csv and
-speed.csv the tables in the README. Entries without runs keep what is committed.   Needs benchmark/requirements.txt.
+table.csv (one row a seed: when the level was first reached, what was reached at best and at the end). A grid of entries gets
+one <grid>.csv (also: the grid's cell; about 25 rows a seed), <grid>-table.csv and figure. From the tables and speed.csv, the
+README's. Entries without runs keep what is committed.   Needs benchmark/requirements.txt.
 """
 import csv
-import tomllib
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from run import entries
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
@@ -54,9 +56,32 @@ def speed_table(rows):
     return "\n".join(out) + "\n"
 
 
+def grid_table(rows):
+    """The README's table of a grid, from the rows of its table: a column each value of the last axis, the mean of the seeds."""
+    *axes, last = [name for name in rows[0] if name not in ("seed", "last", "steps", "seconds")]
+    columns = list(dict.fromkeys(row[last] for row in rows))
+    out = [f"| {' | '.join([*axes, *columns])} |", "|---" * (len(axes) + len(columns)) + "|"]
+    for cell in dict.fromkeys(tuple(row[axis] for axis in axes) for row in rows):
+        values = {column: [float(row["last"]) for row in rows if (*(row[axis] for axis in axes), row[last]) == (*cell, column)]
+                  for column in columns}
+        out.append(f"| {' | '.join(cell)} | " + " | ".join(
+            f"{statistics.mean(v):.2f} ± {(max(v) - min(v)) / 2:.2f}" for v in values.values()) + " |")
+    return "\n".join(out) + "\n"
+
+
+def layer_table(rows):
+    """The README's table of layer speeds, from the rows of layers.csv: a column each shape, milliseconds."""
+    shapes = list(dict.fromkeys((row["T"], row["B"]) for row in rows))
+    out = [f"| layer | {' | '.join(f'[{T}, {B}, {rows[0]['H']}], ms' for T, B in shapes)} |", "|---" * (1 + len(shapes)) + "|"]
+    for layer in dict.fromkeys(row["layer"] for row in rows):
+        out.append(f"| `{layer}` | " + " | ".join(row["ms"] for row in rows if row["layer"] == layer) + " |")
+    return "\n".join(out) + "\n"
+
+
 def with_tables(readme, results):
-    """The README with both tables made anew from the CSV files in `results`."""
-    for name, file, table in (("results", "table.csv", readme_table), ("speed", "speed.csv", speed_table)):
+    """The README with its tables made anew from the CSV files in `results`."""
+    for name, file, table in (("results", "table.csv", readme_table), ("popgym", "popgym-table.csv", grid_table),
+                              ("speed", "speed.csv", speed_table), ("layers", "layers.csv", layer_table)):
         begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
         with (results / file).open() as f:
             rows = list(csv.DictReader(f))
@@ -81,14 +106,59 @@ def draw(name, entry, runs, out):
     plt.close(figure)
 
 
+def draw_grid(name, cells, out):
+    """A row of panels each value of the second axis, a column each of the first, a curve (mean of the seeds) each of the third."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    columns, rows, _ = (list(dict.fromkeys(cell[i] for cell in cells)) for i in range(3))
+    figure, axes = plt.subplots(len(rows), len(columns), figsize=(2.6 * len(columns), 2.2 * len(rows)), layout="constrained",
+                                sharex=True, sharey="col", squeeze=False)
+    for (column, row, curve), (entry, runs) in cells.items():
+        axis, n = axes[rows.index(row)][columns.index(column)], min(len(run["global_step"]) for run in runs.values())
+        ys = np.array([run[entry["measure"]][-n:] for run in runs.values()])                # [seeds, n]
+        x = next(iter(runs.values()))["global_step"][-n:]
+        line, = axis.plot(x, ys.mean(0), label=curve, linewidth=1)
+        axis.fill_between(x, ys.min(0), ys.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
+        axis.set_title(f"{column}, {row}", fontsize=8)
+        axis.tick_params(labelsize=7)
+    axes[0][0].legend(frameon=False, fontsize=7)
+    figure.supxlabel("environment steps", fontsize=8)
+    figure.supylabel(f"{entry['measure']}, mean of 100 episodes; mean and range of {len(runs)} seeds", fontsize=8)
+    figure.savefig(out / f"{name}.png", dpi=110)
+    plt.close(figure)
+
+
+def collect_grid(name, cells, out):
+    """<grid>.csv and <grid>-table.csv."""
+    axes = list(next(iter(cells.values()))[0]["grid"])
+    with (out / f"{name}.csv").open("w", newline="") as curves, (out / f"{name}-table.csv").open("w", newline="") as table:
+        curves, table = csv.writer(curves), csv.writer(table)
+        curves.writerow((*axes, "seed", "global_step", "seconds", "value"))
+        table.writerow((*axes, "seed", "last", "steps", "seconds"))
+        for cell, (entry, runs) in cells.items():
+            for seed, run in runs.items():
+                steps, seconds, values = run["global_step"], run["seconds"], run[entry["measure"]]
+                for i in sorted({*range(0, len(steps), max(1, len(steps) // 25)), len(steps) - 1}):
+                    curves.writerow((*cell, seed, int(steps[i]), f"{seconds[i]:.1f}", f"{values[i]:.4g}"))
+                table.writerow((*cell, seed, f"{values[-1]:.4g}", int(steps[-1]), round(seconds[-1])))
+
+
 def main():
     args = tyro.cli(Args)
-    out, rows = Path(args.out), []
+    out, rows, grids = Path(args.out), [], {}
     out.mkdir(parents=True, exist_ok=True)
     committed = list(csv.DictReader((out / "table.csv").open())) if (out / "table.csv").exists() else []
-    for name, entry in tomllib.loads((HERE / "tasks.toml").read_text()).items():
+    for name, entry in entries().items():
         runs = {seed: read(path) for seed in entry["seeds"]
                 if (path := Path(args.runs_dir) / f"{name}__{seed}" / "progress.csv").exists()}
+        if entry["cell"]:
+            if runs:
+                grids.setdefault(entry["group"], {})[tuple(entry["cell"])] = entry, runs
+            continue
         if not runs:
             rows += [row for row in committed if row["entry"] == name]
             continue
@@ -111,6 +181,9 @@ def main():
         writer = csv.DictWriter(f, rows[0])
         writer.writeheader()
         writer.writerows(rows)
+    for name, cells in grids.items():
+        collect_grid(name, cells, out)
+        draw_grid(name, cells, out)
     README.write_text(with_tables(README.read_text(), out))
 
 

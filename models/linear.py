@@ -113,9 +113,9 @@ class LRU(LinearRecurrence):
 class S5(LinearRecurrence):
     """S5 (Smith et al. 2023, https://arxiv.org/abs/2208.04933): a continuous-time linear system, sampled.
 
-    dh/dt = Lambda h + B x, held for a time step Delta a channel:  h_t = exp(Lambda Delta) h_{t-1} + (exp(Lambda Delta) - 1) / Lambda B x_t
-    lift a = exp(Lambda Delta), b = (a - 1) / Lambda B x      readout y = 2 Re(C h) + D x
-    Lambda, B and C begin as the normal part of HiPPO-LegS, diagonalised; of its conjugate pairs, `size` / 2 are kept.
+    dh/dt = L h + B x, with x held for a time step Delta:  h_t = exp(L Delta) h_{t-1} + (exp(L Delta) - 1) / L B x_t
+    lift a = exp(L Delta), b = (a - 1) / L B x, L and Delta one number a channel      readout y = 2 Re(C h) + D x
+    L, B and C begin as the normal part of HiPPO-LegS, diagonalised; of its conjugate pairs, `size` / 2 are kept.
     """
 
     def __init__(self, size, dt_min=0.001, dt_max=0.1):
@@ -147,10 +147,11 @@ class S5(LinearRecurrence):
 
 
 class S6(LinearRecurrence):
-    """Selective state space, the recurrence of Mamba (Gu and Dao 2023, https://arxiv.org/abs/2312.00752, without its convolution).
+    """Selective state space, the recurrence of Mamba (Gu and Dao 2023, https://arxiv.org/abs/2312.00752), no convolution.
 
     Each of the D channels keeps N numbers:  h_t = exp(Delta_t A) h_{t-1} + Delta_t B_t x_t      [D, N]
-    lift a = exp(Delta A), b = Delta B x, with Delta [D] = softplus(W_Delta x), B [N] = W_B x      readout y = h C + D x, C [N] = W_C x
+    lift a = exp(Delta A), b = Delta B x, with Delta [D] = softplus(W_Delta x), B [N] = W_B x
+    readout y = h C + D x, C [N] = W_C x
     """
 
     def __init__(self, size, state_size=8, dt_min=0.001, dt_max=0.1):
@@ -173,10 +174,11 @@ class S6(LinearRecurrence):
 class FFM(LinearRecurrence):
     """Fast and forgetful memory (Morad et al. 2023, https://arxiv.org/abs/2310.04128).
 
-    Each of m traces is kept in c contexts, which decay alike but turn at different speeds:  S_t = gamma S_{t-1} + u_t 1^T, [m, c]
+    Each of m traces is kept in c contexts, which decay alike but turn at different speeds:
+    S_t = gamma S_{t-1} + u_t 1^T      [m, c]
     lift a = gamma = exp(-|alpha| + i omega), b = u = sigmoid(W_g x) * W_u x, the same for all contexts
     readout y = LN(z) * sigmoid(W_o x) + (1 - sigmoid(W_o x)) * W_s x, z = W_z [Re S; Im S]
-    alpha begins evenly in [1e-6, 0.5], the periods 2 pi / omega in [1, 1000]. (The paper's LN(z * gate) would undo the gate.)
+    alpha begins evenly in [1e-6, 0.5], the periods 2 pi / omega in [1, 1000]. (memory-monoids has LN(z * sigmoid(W_o x)).)
     """
 
     def __init__(self, size, contexts=4):
