@@ -71,8 +71,8 @@ def grid_table(rows):
 
 def layer_table(rows):
     """The README's table of layer speeds, from the rows of layers.csv: a column each shape, milliseconds."""
-    shapes = list(dict.fromkeys((row["T"], row["B"]) for row in rows))
-    out = [f"| layer | {' | '.join(f'[{T}, {B}, {rows[0]['H']}], ms' for T, B in shapes)} |", "|---" * (1 + len(shapes)) + "|"]
+    shapes = list(dict.fromkeys(f"[{row['T']}, {row['B']}, {row['H']}], ms" for row in rows))
+    out = [f"| layer | {' | '.join(shapes)} |", "|---" * (1 + len(shapes)) + "|"]
     for layer in dict.fromkeys(row["layer"] for row in rows):
         out.append(f"| `{layer}` | " + " | ".join(row["ms"] for row in rows if row["layer"] == layer) + " |")
     return "\n".join(out) + "\n"
@@ -107,7 +107,7 @@ def draw(name, entry, runs, out):
 
 
 def draw_grid(name, cells, out):
-    """A row of panels each value of the second axis, a column each of the first, a curve (mean of the seeds) each of the third."""
+    """Panels: a column each value of the first axis, a row each of the second; in them a curve each of the third."""
     import matplotlib
 
     matplotlib.use("Agg")

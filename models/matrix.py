@@ -91,9 +91,9 @@ class GatedDeltaNet(MatrixMemory):
         q, k, v = self.project(x)
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
         log_alpha, beta = self.gates(x).unflatten(-1, (2, self.heads)).permute(2, 1, 3, 0)         # [B, heads, T] each
-        log_alpha, beta = -F.softplus(log_alpha)[..., None], beta.sigmoid()[..., None]       # [B, heads, T, 1] each
+        log_alpha, beta = -F.softplus(log_alpha)[..., None], beta.sigmoid()[..., None]      # [B, heads, T, 1] each
         seen, carried = self.seen(start)
-        # D_ij = alpha_{j+1} ... alpha_i as a sum of just these logs: total_i - total_j would cancel, and leak gradients of 1e-18
+        # D_ij = alpha_{j+1} ... alpha_i as a sum of just these logs: total_i - total_j leaks gradients of 1e-18
         between = log_alpha.expand(-1, -1, -1, len(x)).tril(-1).cumsum(-2)                         # [B, heads, T, T]
         D = between.masked_fill(~seen, -torch.inf).exp()
         d = log_alpha.cumsum(-2).masked_fill(~carried, -torch.inf).exp()                           # [B, heads, T, 1]

@@ -1,0 +1,133 @@
+"""The discounted return as a memory monoid: R_t = r_t + gamma R_{t+1}, cut where an episode ends.
+
+    python benchmark/discounted_return.py                       checks it, times it, writes a table and a plot
+
+Four ways to the same numbers: a Python loop over numbers, a loop over time of vector operations, the general associative scan
+with resets, and the chunked linear scan. The monoid is (gamma, r) . (gamma', r') = (gamma gamma', r' + gamma' r), read from the
+end of the tape to its beginning; a reset makes an episode's last step forget what comes after it.
+"""
+import csv
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from models.scan import associative_scan, linear_scan, resettable  # noqa: E402
+
+GAMMA = 0.99
+
+
+@dataclass
+class Args:
+    lengths: tuple[int, ...] = (100, 1_000, 10_000, 100_000, 1_000_000)  # tape lengths
+    columns: int = 1  # tapes side by side
+    repeats: int = 5  # timed runs of each, after one to warm up; the median counts
+    max_seconds: float = 20.0  # a way that takes longer is not tried on longer tapes
+    out: str = str(ROOT / "benchmark/results")  # where discounted_return.csv and .png go
+
+
+def numbers(rewards, ends):
+    """Step by step, number by number.   rewards [T, B], ends [T, B] bool: the episode's last step"""
+    out = [list(column) for column in zip(*rewards.tolist())]           # B lists of T
+    for column, end in zip(out, zip(*ends.tolist())):
+        total = 0.0
+        for t in range(len(column) - 1, -1, -1):
+            total = column[t] + GAMMA * total * (not end[t])
+            column[t] = total
+    return rewards.new_tensor(out).T
+
+
+def vectors(rewards, ends):
+    """Step by step, all columns at once."""
+    total, out = torch.zeros_like(rewards[0]), []
+    for reward, keep in zip(rewards.flip(0).unbind(), (GAMMA * (~ends).to(rewards)).flip(0).unbind()):
+        total = reward + keep * total
+        out.append(total)
+    return torch.stack(out[::-1])
+
+
+def monoid(rewards, ends):
+    """The associative scan: flags and (gamma, r), backwards in time."""
+    def op(left, right):
+        (gamma, r), (gamma2, r2) = left, right
+        return gamma * gamma2, r2 + gamma2 * r
+
+    elements = ends.flip(0), (torch.full_like(rewards, GAMMA), rewards.flip(0))
+    return associative_scan(resettable(op), elements)[1][1].flip(0)
+
+
+def chunks(rewards, ends):
+    """The linear scan: a reset is a zero."""
+    return linear_scan((GAMMA * (~ends).to(rewards)).flip(0), rewards.flip(0), torch.zeros_like(rewards[0])).flip(0)
+
+
+WAYS = {"loop of numbers": numbers, "loop of vectors": vectors, "associative scan": monoid, "linear scan": chunks}
+
+
+def check():
+    """Every way gives what the first one gives, with and without resets."""
+    for T, p_end in ((1, 0.5), (2, 0.5), (1_000, 0.0), (1_000, 0.02), (4_097, 0.3)):
+        torch.manual_seed(T)
+        rewards, ends = torch.randn(T, 3, dtype=torch.float64), torch.rand(T, 3) < p_end
+        for name, way in WAYS.items():
+            if not torch.allclose(way(rewards, ends), numbers(rewards, ends), rtol=1e-9, atol=1e-9):
+                sys.exit(f"{name} differs from the loop of numbers at T = {T}, {p_end} of the steps ending an episode")
+
+
+def measure(args):
+    """One row a length: seconds of every way, None where it was not tried."""
+    rows, slow = [], set()
+    for T in args.lengths:
+        torch.manual_seed(0)
+        rewards, ends, row = torch.randn(T, args.columns), torch.rand(T, args.columns) < 0.01, {"length": T}
+        for name, way in WAYS.items():
+            times = []
+            for _ in range(args.repeats + 1):
+                if name not in slow:
+                    begin = time.perf_counter()
+                    way(rewards, ends)
+                    times.append(time.perf_counter() - begin)
+                    slow |= {name} if times[-1] > args.max_seconds else set()
+            row[name] = statistics.median(times[1:] or times) if times else None
+        rows.append(row)
+        print("  ".join(f"{k} {v:,}" if k == "length" else f"{k} {1000 * v:.2f} ms" if v else f"{k} -" for k, v in row.items()),
+              flush=True)
+    return rows
+
+
+def write(rows, out):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "discounted_return.csv").open("w", newline="") as f:
+        writer = csv.writer(f)
+        writer.writerow(rows[0])
+        writer.writerows([f"{v:.3g}" if isinstance(v, float) else v for v in row.values()] for row in rows)
+    figure, axis = plt.subplots(figsize=(5, 3.2), layout="constrained")
+    for name in WAYS:
+        done = [row for row in rows if row[name]]
+        axis.loglog([row["length"] for row in done], [row[name] for row in done], marker=".", label=name)
+    axis.set(title="discounted return of one tape", xlabel="length", ylabel="seconds")
+    axis.legend(frameon=False, fontsize=8)
+    figure.savefig(out / "discounted_return.png", dpi=120)
+
+
+def main():
+    args = tyro.cli(Args)
+    torch.set_num_threads(1)
+    check()
+    write(measure(args), Path(args.out))
+
+
+if __name__ == "__main__":
+    main()
