@@ -1,0 +1,142 @@
+"""How far back a trained agent's memory reaches, and how much delay it bears.
+
+    python benchmark/horizon.py --model runs/.../model.safetensors
+    python benchmark/horizon.py --model runs/.../model.safetensors --sweep num_decks 1 2 4 8
+
+Plays episodes with the most likely actions and draws, against k, how strongly the value and the policy of step t depend on what
+was seen k steps before: |d value_t / d x_{t-k}| and |d logit_t / d x_{t-k}|, logit_t the largest output of the policy's last
+layer (its probability is flat where the policy is sure) and x the encoder's features (observations may be integers), averaged
+over t; with the number of steps that training's gradient could flow through. --sweep plays the task again with other values of
+one of its arguments and draws the return against it: recall against delay, past the delay of training.
+Writes horizon.csv and horizon.png (sweep.csv, sweep.png) beside the model.
+"""
+import csv
+import importlib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import torch
+import tyro
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+@dataclass
+class Args:
+    model: str  # model.safetensors of one of the scripts
+    steps: int = 256  # steps to play
+    targets: int = 32  # steps t whose gradients are averaged
+    sweep: tuple[str, ...] = ()  # an argument of the task and the values to try: num_decks 1 2 4 8
+    episodes: int = 100  # episodes for each value
+    out: str | None = None  # folder; default: the model's
+
+
+def read(path):
+    """The script's module, Args and weights of a model file."""
+    try:
+        with safetensors.safe_open(path, "pt") as f:
+            script = importlib.import_module(f.metadata()["script"])
+    except Exception as e:                                  # missing, damaged, another program's
+        print(f"horizon.py: --model {path} cannot be read ({type(e).__name__}); give a model.safetensors of this repository",
+              file=sys.stderr)
+        sys.exit(2)
+    content = script.load("--model", path, script.read_model)
+    return script, content["args"], content["agent"]
+
+
+@torch.no_grad()
+def record(script, args, agent, envs, steps):
+    """Features [T, 1, F] and starts [T, 1] of `steps` steps."""
+    obs, state, start, features, starts = envs.reset(seed=args.seed)[0], agent.memory.initial_state(1), True, [], []
+    for _ in range(steps):
+        leaves = script.add_time(script.to_tensors(envs.single_observation_space, obs, torch.device("cpu")))
+        starts.append(start and args.reset_state)
+        dist, _, state = agent(leaves, state, torch.tensor([[starts[-1]]]))
+        features.append(agent.encoder(leaves)[0])
+        obs, _, terminated, truncated, _ = envs.step(agent.policy.to_env(dist.mode()[0]))
+        start = bool(terminated[0] | truncated[0])
+        if start:
+            obs, _ = envs.reset()
+    return torch.stack(features), torch.tensor(starts)[:, None]
+
+
+def sensitivity(agent, x, start, targets):
+    """Norms of the gradients of value and policy of step t with respect to the features of step t - k.
+
+    x [T, 1, F]; targets: steps t. Returns [2, K], K = T: the means over t, nan where no episode reaches back k steps.
+    """
+    T, x = len(x), x.clone().requires_grad_()
+    y, _ = agent.memory(x, agent.memory.initial_state(1), start)
+    for_policy, for_value = agent.hidden(y).relu().chunk(2, dim=-1)
+    value, policy = agent.value(for_value)[:, 0, 0], agent.policy.linear(for_policy)[:, 0].amax(-1)
+    episode = start[:, 0].cumsum(0)
+    total, count = torch.zeros(2, T), torch.zeros(T)
+    for t in targets:
+        gradients = (torch.autograd.grad(out[t], x, retain_graph=True)[0] for out in (value, policy))
+        norms = torch.stack([g.norm(dim=-1)[:, 0] for g in gradients])          # [2, T]
+        reach = int((episode[: t + 1] == episode[t]).sum())                     # steps of this episode up to t
+        total[:, :reach] += norms[:, t - reach + 1 : t + 1].flip(1)
+        count[:reach] += 1
+    return total / count                                    # 0 / 0 is nan
+
+
+def draw(path, columns, x, xlabel, ylabel, log, marks=()):
+    """A CSV file and a figure of the same columns against x."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    with path.with_suffix(".csv").open("w", newline="") as f:
+        writer = csv.writer(f)
+        writer.writerow((xlabel.split(" ")[0], *columns))
+        writer.writerows(zip(x, *([f"{v:.4g}" for v in column] for column in columns.values())))
+    figure, axis = plt.subplots(figsize=(5, 3.2), layout="constrained")
+    for name, column in columns.items():
+        axis.plot(x, column, label=name, linewidth=1, marker="." if len(x) < 20 else None)
+    for name, at in marks:
+        axis.axvline(at, color="gray", linestyle=":", linewidth=1, label=name)
+    if log:
+        axis.set_yscale("log")
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path.with_suffix(".png"), dpi=120)
+    plt.close(figure)
+    print(f"wrote {path.with_suffix('.csv')} and {path.with_suffix('.png')}")
+
+
+def main(argv=None):
+    options = tyro.cli(Args, args=argv)
+    torch.set_num_threads(1)
+    script, args, weights = read(options.model)
+    args.device, out = "cpu", Path(options.out or Path(options.model).parent)
+    out.mkdir(parents=True, exist_ok=True)
+    envs = script.make_envs(args, 1, play=True)
+    agent = script.make_agent(args, envs, weights)
+    if options.sweep:
+        name, *values = options.sweep
+        values, kwargs = [json.loads(v) for v in values], json.loads(args.env_kwargs)
+        returns = []
+        for value in values:
+            args.env_kwargs = json.dumps(kwargs | {name: value})
+            envs = script.make_envs(args, 16, play=True)
+            returns.append(script.play(agent, envs, args, options.episodes, args.seed)[0].mean())
+            print(f"{name} = {value}: mean return of {options.episodes} episodes {returns[-1]:.3f}")
+        return draw(out / "sweep", {"return": returns}, values, f"{name} of {args.env_id}", "mean return", log=False)
+    x, start = record(script, args, agent, envs, options.steps)
+    targets = np.linspace(options.steps // 4, options.steps - 1, options.targets).astype(int)
+    value, policy = sensitivity(agent, x, start, targets)
+    K = int(value.isfinite().sum())
+    length = getattr(args, "seq_len", -1)                   # of SBB; the tape's gradient ends with the rollout
+    marks = [("truncated BPTT", length)] if length > 0 else [("rollout", args.num_steps)] if args.num_steps < K else []
+    draw(out / "horizon", {"value": value[:K].tolist(), "policy": policy[:K].tolist()}, range(K),
+         "k (steps back)", "norm of the gradient", log=True, marks=marks)
+
+
+if __name__ == "__main__":
+    main()
