@@ -1,13 +1,13 @@
 """How far back a trained agent's memory reaches, and how much delay it bears.
 
     python benchmark/horizon.py --model runs/.../model.safetensors
-    python benchmark/horizon.py --model runs/.../model.safetensors --sweep num_decks 1 2 4 8
+    python benchmark/horizon.py --model runs/.../model.safetensors --sweep env-id popgym-RepeatFirst{Easy,Medium,Hard}-v0
 
 Plays episodes with the most likely actions and draws, against k, how strongly the value and the policy of step t depend on what
 was seen k steps before: |d value_t / d x_{t-k}| and |d logit_t / d x_{t-k}|, logit_t the largest output of the policy's last
 layer (its probability is flat where the policy is sure) and x the encoder's features (observations may be integers), averaged
 over t; with the number of steps that training's gradient could flow through. --sweep plays the task again with other values of
-one of its arguments and draws the return against it: recall against delay, past the delay of training.
+one of its arguments, or other tasks, and draws the return against them: recall against delay, past the delay of training.
 Writes horizon.csv and horizon.png (sweep.csv, sweep.png) beside the model.
 """
 import csv
@@ -31,7 +31,7 @@ class Args:
     model: str  # model.safetensors of one of the scripts
     steps: int = 256  # steps to play
     targets: int = 32  # steps t whose gradients are averaged
-    sweep: tuple[str, ...] = ()  # an argument of the task and the values to try: num_decks 1 2 4 8
+    sweep: tuple[str, ...] = ()  # an argument of the task and its values, as JSON, to play with; or env-id and tasks
     episodes: int = 100  # episodes for each value
     out: str | None = None  # folder; default: the model's
 
@@ -120,14 +120,16 @@ def main(argv=None):
     agent = script.make_agent(args, envs, weights)
     if options.sweep:
         name, *values = options.sweep
-        values, kwargs = [json.loads(v) for v in values], json.loads(args.env_kwargs)
-        returns = []
+        kwargs, returns = json.loads(args.env_kwargs), []
         for value in values:
-            args.env_kwargs = json.dumps(kwargs | {name: value})
+            if name == "env-id":
+                args.env_id = value
+            else:
+                args.env_kwargs = json.dumps(kwargs | {name: json.loads(value)})
             envs = script.make_envs(args, 16, play=True)
             returns.append(script.play(agent, envs, args, options.episodes, args.seed)[0].mean())
             print(f"{name} = {value}: mean return of {options.episodes} episodes {returns[-1]:.3f}")
-        return draw(out / "sweep", {"return": returns}, values, f"{name} of {args.env_id}", "mean return", log=False)
+        return draw(out / "sweep", {"return": returns}, values, name, "mean return", log=False)
     x, start = record(script, args, agent, envs, options.steps)
     targets = np.linspace(options.steps // 4, options.steps - 1, options.targets).astype(int)
     value, policy = sensitivity(agent, x, start, targets)

@@ -12,11 +12,16 @@ import pytest
 import tyro
 
 import ppo_recurrent_sbb
+import ppo_recurrent_tbb
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = {"ppo_recurrent_sbb.py": ppo_recurrent_sbb}
+sys.path.insert(0, str(ROOT / "benchmark"))
+import plot  # noqa: E402
+from run import entries  # noqa: E402
+
+SCRIPTS = {"ppo_recurrent_sbb.py": ppo_recurrent_sbb, "ppo_recurrent_tbb.py": ppo_recurrent_tbb}
 README = (ROOT / "README.md").read_text()
-ENTRIES = tomllib.loads((ROOT / "benchmark/tasks.toml").read_text())
+ENTRIES = entries()
 NOTE = re.compile(r"^ *# (KNOWN BUG|PITFALL|DEVIATION)\b((?:.*\n)(?: *#  .*\n)*)", re.MULTILINE)
 
 
@@ -113,10 +118,6 @@ def test_readme_indexes_every_known_bug():
 
 
 def test_the_readmes_tables_are_those_of_the_committed_files():
-    spec = importlib.util.spec_from_file_location("plot", ROOT / "benchmark/plot.py")
-    plot = importlib.util.module_from_spec(spec)
-    sys.modules["plot"] = plot
-    spec.loader.exec_module(plot)
     rows = list(csv.DictReader((ROOT / "benchmark/results/table.csv").open()))
     assert plot.with_tables(README, ROOT / "benchmark/results") == README
     assert {row["entry"] for row in rows} <= set(ENTRIES)

@@ -1,0 +1,104 @@
+"""The programs in benchmark/ that compute something: the return as a monoid, the horizon report, the truncation figure."""
+import csv
+import importlib
+import sys
+
+import pytest
+import torch
+
+import ppo_recurrent_tbb as tbb
+from models.scan import associative_scan
+from tests.conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmark"))
+discounted_return, horizon, truncation = (importlib.import_module(x) for x in ("discounted_return", "horizon", "truncation"))
+
+
+def test_the_four_ways_agree_and_a_wrong_one_is_named(monkeypatch):
+    discounted_return.check()
+    monkeypatch.setattr(discounted_return, "resettable", lambda op: lambda left, right: (right[0], op(left[1], right[1])))
+    with pytest.raises(SystemExit, match="associative scan differs .* ending an episode"):
+        discounted_return.check()
+
+
+def test_discounted_return_writes_its_table_and_plot(tmp_path, capsys):
+    args = discounted_return.Args(lengths=(10, 40), repeats=1, max_seconds=0.0, out=str(tmp_path))
+    rows = discounted_return.measure(args)
+    assert rows[0]["linear scan"] > 0 and rows[1]["linear scan"] is None       # too slow for max_seconds: not tried again
+    discounted_return.write(rows, tmp_path)
+    assert (tmp_path / "discounted_return.png").exists() and "40" in capsys.readouterr().out
+    table = list(csv.DictReader((tmp_path / "discounted_return.csv").open()))
+    assert [row["length"] for row in table] == ["10", "40"] and set(discounted_return.WAYS) < set(table[0])
+    assert associative_scan                                                     # the general scan is what was timed
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    args = tbb.Args(env_id="popgym-RepeatPreviousEasy-v0", num_envs=4, num_steps=16, total_timesteps=64,
+                    hidden_size=8, mlp_size=8, runs_dir=str(tmp_path_factory.mktemp("runs")), run_name="run", device="cpu")
+    return tbb.train(args) / "model.safetensors"
+
+
+def test_horizon_of_a_known_memory_and_none_across_a_start():
+    """A memory that halves its state every step: the value's gradient halves with every step back, and stops at a start."""
+    class Halving(torch.nn.Module):
+        def initial_state(self, batch_size):
+            return (torch.zeros(batch_size, 3),)
+
+        def forward(self, x, state, start):
+            (h,), ys = state, []
+            for x_t, start_t in zip(x, start):
+                h = 0.5 * h.masked_fill(start_t[:, None], 0) + x_t
+                ys.append(h)
+            return torch.stack(ys), (h,)
+
+    agent = torch.nn.Module()
+    agent.memory, agent.hidden = Halving(), torch.nn.Linear(3, 4)
+    agent.value, agent.policy = torch.nn.Linear(2, 1), torch.nn.Module()
+    agent.policy.linear = torch.nn.Linear(2, 2)
+    with torch.no_grad():
+        for layer in (agent.hidden, agent.value, agent.policy.linear):
+            layer.weight.fill_(1.0), layer.bias.zero_()
+    x, start = torch.rand(20, 1, 3), torch.zeros(20, 1, dtype=torch.bool)
+    start[[0, 8]] = True
+    value, policy = horizon.sensitivity(agent, x, start, [7, 15])
+    expected = 2 * 3**0.5 * 0.5 ** torch.arange(8.0)                             # both episodes have 8 steps up to the target
+    torch.testing.assert_close(value[:8], expected)
+    torch.testing.assert_close(policy[:8], expected)
+    assert value[8:].isnan().all() and policy[8:].isnan().all()
+
+
+def test_horizon_report_and_sweep(tmp_path, model, capsys):
+    horizon.main(["--model", str(model), "--steps", "60", "--targets", "4", "--out", str(tmp_path)])
+    rows = list(csv.DictReader((tmp_path / "horizon.csv").open()))
+    assert [int(row["k"]) for row in rows] == list(range(len(rows))) and 10 < len(rows) <= 51       # episodes of 51 steps
+    assert all(float(row["value"]) > 0 and float(row["policy"]) > 0 for row in rows)
+    for sweep in (["env-id", "popgym-RepeatFirstEasy-v0", "popgym-RepeatPreviousEasy-v0"], ["k", "2", "4"]):
+        horizon.main(["--model", str(model), "--sweep", *sweep, "--episodes", "16", "--out", str(tmp_path)])
+        rows = list(csv.DictReader((tmp_path / "sweep.csv").open()))
+        assert [row[sweep[0]] for row in rows] == sweep[1:] and all(-1 <= float(row["return"]) <= 1 for row in rows)
+    assert (tmp_path / "horizon.png").exists() and (tmp_path / "sweep.png").exists()
+    with pytest.raises(SystemExit) as stop:
+        horizon.main(["--model", str(ROOT / "README.md")])
+    assert stop.value.code == 2 and "--model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("memory", ["lstm", "lru"])
+def test_truncation_cuts_gradients_and_nothing_else(memory):
+    T = 24
+    tape, values = truncation.gradients(memory, None, T)
+    whole, values_whole = truncation.gradients(memory, -1, T)
+    torch.testing.assert_close(whole, tape)
+    t, s = torch.arange(T)[:, None], torch.arange(T)
+    assert (tape[s <= t] > 0).all() and (tape[s > t] == 0).all()
+    cut, values_cut = truncation.gradients(memory, 8, T)
+    torch.testing.assert_close((values_whole, values_cut), (values, values))
+    same_segment = t // 8 == s // 8
+    torch.testing.assert_close(cut, torch.where(same_segment, tape, 0.0))
+
+
+def test_truncation_by_distance(tmp_path):
+    truncation.main(["--memories", "lru", "--lengths", "4", "--steps", "24", "--distance", "10", "--out", str(tmp_path)])
+    rows = {row[1]: [float(x) for x in row[2:]] for row in csv.reader((tmp_path / "truncation.csv").open()) if row[1] != "arm"}
+    assert rows["TBB"] == rows["SBB, whole"] and min(rows["TBB"]) > 0
+    assert min(rows["SBB, L = 4"][:4]) > 0 and max(rows["SBB, L = 4"][4:]) == 0

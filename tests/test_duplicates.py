@@ -1,0 +1,36 @@
+"""Scripts repeat what they have in common: functions and classes of one name have one source, so that copies cannot drift."""
+import ast
+import itertools
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
+MAY_DIFFER = {
+    "Args": "flags and defaults are the algorithm's own",
+    "Agent": "SBB pads, TBB does not",
+    "check": "knows the script's own flags",
+    "train": "the algorithm",
+}
+
+
+def definitions(script):
+    """Source of every top-level function and class of a script, by name."""
+    source = (ROOT / script).read_text()
+    return {node.name: ast.get_source_segment(source, node) for node in ast.parse(source).body
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+
+
+@pytest.mark.parametrize("one, other", list(itertools.combinations(SCRIPTS, 2)))
+def test_same_name_same_source(one, other):
+    a, b = definitions(one), definitions(other)
+    shared = a.keys() & b.keys()
+    assert len(shared) > len(MAY_DIFFER)
+    assert [name for name in sorted(shared) if a[name] != b[name] and name not in MAY_DIFFER] == []
+
+
+@pytest.mark.parametrize("name", MAY_DIFFER)
+def test_no_exception_without_need(name):
+    sources = [definitions(script).get(name) for script in SCRIPTS]
+    assert len({source for source in sources if source}) > 1, f"{name} is the same everywhere: take it off the list"

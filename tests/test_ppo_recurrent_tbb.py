@@ -1,0 +1,166 @@
+"""ppo_recurrent_tbb.py: columns of tape, and --full-episodes. What it shares with others: test_scripts.py."""
+import csv
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+import ppo_recurrent_tbb as ppo
+from models import MEMORIES
+from tests.helpers import assert_caught, column, comparable, planted, run, small, weights_of
+
+CHANGES = [{"reset_state": False}, {"prev_action": True, "prev_reward": True}, {"norm_obs": True, "norm_reward": True},
+           {"full_episodes": True}, {"full_episodes": True, "reset_state": False, "max_prefix": 50}]
+SLOW_EPISODES = '{"max_steps": 70}'  # rollouts of 32 steps: episodes go over two or three of them
+
+
+# ---------------------------------------------------------------------- what is trained is what acted
+
+@pytest.mark.parametrize("memory, layers, changes",
+                         [(memory, layers, {}) for memory in MEMORIES for layers in (1, 2)]
+                         + [(memory, 1, {"full_episodes": True}) for memory in MEMORIES]
+                         + [(memory, 1, changes) for memory in ("lstm", "lru") for changes in CHANGES], ids=str)
+def test_first_logratio_is_zero(tmp_path, memory, layers, changes):
+    """Before the first gradient step of every update, stored and recomputed log-probabilities agree. Episodes end inside."""
+    rows, _ = run(tmp_path, ppo, memory=memory, num_layers=layers, **changes)
+    assert len(rows) == 3 and max(column(rows, "debug/first_logratio")) < 1e-5
+    assert max(column(rows, "losses/approx_kl")) > 1e-6                         # and then the policy did move
+
+
+def test_pitfall_columns_from_zero_state(tmp_path, capsys):
+    assert_caught(tmp_path, capsys, ppo, ("tape_state = tuple(s[0] for s in tape[K + 1 :])",
+                                          "tape_state = tuple(torch.zeros_like(s[0]) for s in tape[K + 1 :])"))
+
+
+def test_pitfall_acting_on_with_a_stale_state(tmp_path, capsys):
+    """With --full-episodes training recomputes the state from the episode's first step: acting has to do the same."""
+    assert_caught(tmp_path, capsys, ppo, ("                _, _, state = agent(prefix[:K], ", "                agent(prefix[:K], "),
+                  full_episodes=True, env_kwargs=SLOW_EPISODES, learning_rate=(0.05,))
+
+
+# ---------------------------------------------------------------------- the tape
+
+def agent_and_tape(memory, layers=1):
+    """An agent, and a tape of 3 columns of 20 steps with episodes starting at 0, 8 and 15, and a carried state. float64."""
+    torch.manual_seed(0)
+    args = ppo.Args(**{**small(ppo), "memory": memory, "num_layers": layers})
+    agent = ppo.Agent(gym.spaces.Box(-1, 1, (3,), np.float32), gym.spaces.Discrete(2), args).double()
+    agent.encoder = torch.nn.Identity()
+    x, start = torch.randn(20, 3, 3, dtype=torch.float64), torch.zeros(20, 3, dtype=torch.bool)
+    start[[0, 8, 15]] = True
+    return agent, x, start, tuple(torch.randn_like(s) for s in agent.memory.initial_state(3))
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_episodes_on_a_tape_know_nothing_of_each_other(memory, layers):
+    """Replacing one episode's data changes nothing in the others, bit for bit; no gradient crosses an episode's edge."""
+    agent, x, start, state = agent_and_tape(memory, layers)
+    _, values, final = agent(x, state, start)
+    changed = x.clone()
+    changed[8:15, 1] = 100 * torch.randn(7, 3, dtype=torch.float64)             # the second episode of the middle column
+    _, values_changed, final_changed = agent(changed, tuple(7 * s - 3 for s in state), start)
+    same = torch.ones(20, 3, dtype=torch.bool)
+    same[8:15, 1] = False
+    torch.testing.assert_close(values_changed[same], values[same], rtol=0, atol=0)
+    torch.testing.assert_close(final_changed, final, rtol=0, atol=0)
+    assert (values_changed[~same] != values[~same]).all()
+    x.requires_grad_()
+    _, values, _ = agent(x, state, start)
+    (grad,) = torch.autograd.grad(values[8:15, 1].sum(), x)
+    assert (grad[~same] != 0).any(dim=-1).all() or memory == "none"
+    assert (grad[same] == 0).all()
+
+
+def test_prefix_steps_are_read_and_not_returned():
+    agent, x, start, state = agent_and_tape("lru")
+    dist, values, final = agent(x, state, start, 5)
+    _, all_values, all_final = agent(x, state, start)
+    assert values.shape == dist.entropy().shape == (15, 3)                      # no loss can weigh the first five
+    torch.testing.assert_close((values, final), (all_values[5:], all_final))
+
+
+PROBE = ("                dist, newvalue, _ = agent(", "                seen.append((P, tape_starts, tape_obs[0]))\n"
+         "                dist, newvalue, _ = agent(")
+
+
+def test_full_episodes_hold_every_step_of_unfinished_episodes_and_none_before(tmp_path):
+    """P is the age of the oldest episode that goes on; the tape begins with the last P steps of the one before."""
+    module = planted(tmp_path, ppo, PROBE)
+    module.seen = seen = []
+    run(tmp_path, module, full_episodes=True, env_kwargs=SLOW_EPISODES, num_minibatches=1, update_epochs=1,
+        total_timesteps=4 * 32 * 6)
+    assert seen[0][0] == 0 and len(seen) == 6 and max(P for P, *_ in seen) > 32     # some episode is over a rollout old
+    for (_, starts_before, obs_before), (P, starts, obs) in zip(seen, seen[1:]):
+        assert len(obs) == len(starts) == P + 32
+        ages = [0 if starts[P, n] else len(obs_before) - max(t for t in range(len(obs_before)) if starts_before[t, n])
+                for n in range(4)]
+        assert P == max(ages)
+        kept = slice(len(obs_before) - P, None)
+        torch.testing.assert_close((starts[:P], obs[:P]), (starts_before[kept], obs_before[kept]))
+
+
+def test_max_prefix_bounds_the_tape(tmp_path):
+    module = planted(tmp_path, ppo, PROBE)
+    module.seen = seen = []
+    rows, _ = run(tmp_path, module, full_episodes=True, env_kwargs=SLOW_EPISODES, max_prefix=6)
+    assert max(P for P, *_ in seen) == 6 and max(column(rows, "debug/first_logratio")) < 1e-5
+    seen.clear()
+    run(tmp_path / "b", module, full_episodes=False, env_kwargs=SLOW_EPISODES)
+    assert {P for P, *_ in seen} == {0}
+
+
+def test_full_episodes_carry_gradients_to_the_episodes_beginning(tmp_path):
+    """The features of a step before the rollout get a gradient from the losses inside it, up to the episode's start."""
+    module = planted(tmp_path, ppo, (
+        "                loss.backward()\n",
+        "                loss.backward()\n"
+        "                if P:\n"
+        "                    o = mb_obs[0].clone().requires_grad_()\n"
+        "                    _, v, _ = agent((o,), mb_state, tape_starts[:, mb], P)\n"
+        "                    (g,) = torch.autograd.grad(v[0].sum(), o)\n"
+        "                    seen.append((P, g.abs().sum(-1) > 0, tape_starts[:, mb]))\n"))
+    module.seen = seen = []
+    run(tmp_path, module, memory="lru", full_episodes=True, env_kwargs=SLOW_EPISODES, mlp_size=64)
+    assert seen
+    for P, reached, starts in seen:
+        for column_reached, column_starts in zip(reached.T, starts.T):
+            begin = max([t for t in range(P + 1) if column_starts[t]], default=0)
+            assert not column_reached[:begin].any() and not column_reached[P + 1 :].any()
+            assert column_reached[begin : P + 1].all()
+
+
+@pytest.mark.parametrize("memory", ["lstm", "lru"])
+def test_resume_with_full_episodes_equals_never_having_stopped(tmp_path, memory):
+    changes = dict(memory=memory, full_episodes=True, env_kwargs=SLOW_EPISODES)
+    whole, folder = run(tmp_path, ppo, run_name="whole", **changes)
+    _, half = run(tmp_path, ppo, run_name="half", total_timesteps=4 * 32 * 2, **changes)
+    rows, half = run(tmp_path, ppo, resume=str(half), **changes)
+    assert comparable(rows) == comparable(whole)
+    for name, weight in weights_of(ppo, folder).items():
+        assert torch.equal(weight, weights_of(ppo, half)[name]), name
+
+
+def test_a_minibatch_of_one_column_and_one_step_trains(tmp_path):
+    rows, folder = run(tmp_path, ppo, num_envs=4, num_steps=1, num_minibatches=4, total_timesteps=16)
+    assert len(rows) == 4 and all(w.isfinite().all() for w in weights_of(ppo, folder).values())
+
+
+@pytest.mark.parametrize("flags", ["--num-envs 4 --num-minibatches 5", "--max-prefix -1"])
+def test_bad_input(tmp_path, capsys, flags):
+    with pytest.raises(SystemExit) as stop:
+        ppo.main(["--runs-dir", str(tmp_path), *flags.split()])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and flags.split()[-2] in error and len(error.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------- learning
+
+@pytest.mark.parametrize("memory, low, high", [("lru", 0.3, 1.0), ("none", -0.6, -0.35)])
+def test_the_default_task_is_learned_with_memory_only(tmp_path, memory, low, high):
+    args = ppo.Args(memory=memory, runs_dir=str(tmp_path), run_name="run", total_timesteps=65_536, device="cpu")
+    folder = ppo.train(args)
+    last = column(list(csv.DictReader((folder / "progress.csv").open())), "charts/episodic_return")[-1]
+    assert low <= last <= high

@@ -1,0 +1,340 @@
+"""What all scripts do alike: pure functions, run folder, resume, signals, enjoy, bad input, and the invariants of PPO."""
+import csv
+import json
+import os
+import random
+import signal
+import time
+
+import pytest
+import safetensors
+import torch
+
+import ppo_recurrent_sbb
+import ppo_recurrent_tbb
+from tests.helpers import assert_caught, column, comparable, planted, run, small, weights_of
+
+
+@pytest.fixture(params=[ppo_recurrent_sbb, ppo_recurrent_tbb], ids=lambda module: module.__name__)
+def script(request):
+    return request.param
+
+
+# ---------------------------------------------------------------------- pure functions
+
+def test_gae_equals_its_definition(script):
+    torch.manual_seed(0)
+    T, N, gamma, lam = 12, 3, 0.9, 0.8
+    rewards, values, next_value = torch.randn(T, N), torch.randn(T, N), torch.randn(N)
+    starts, next_start = torch.rand(T, N) < 0.3, torch.tensor([True, False, False])
+    starts1, values1 = torch.cat([starts, next_start[None]]), torch.cat([values, next_value[None]])
+    time_limit = starts1[1:] & (torch.rand(T, N) < 0.5)                         # these ends are truncations
+    final_values = torch.where(time_limit, torch.randn(T, N), 0)
+    advantages = script.gae(rewards, values, starts, final_values, next_value, next_start, gamma, lam)
+    for n in range(N):
+        for t in range(T):                                                      # sum_k (gamma lam)^k delta_{t+k}
+            total, weight = 0.0, 1.0
+            for k in range(t, T):
+                after = final_values[k, n] if starts1[k + 1, n] else values1[k + 1, n]
+                total += weight * (rewards[k, n] + gamma * after - values[k, n])
+                weight *= gamma * lam
+                if starts1[k + 1, n]:
+                    break
+            torch.testing.assert_close(advantages[t, n], torch.as_tensor(total))
+
+
+@pytest.mark.parametrize("schedule, at_0, at_50, at_100, at_150", [
+    ((3.0,), 3, 3, 3, 3),
+    ((3.0, 1.0), 3, 2, 1, 1),
+    ((3.0, 1.0, 2.0), 3, 1.5, 1, 1),
+    ((3.0, 1.0, 1.0, 50), 3, 1, 1, 1),
+])
+def test_polynomial_schedules(script, schedule, at_0, at_50, at_100, at_150):
+    values = [script.polynomial(schedule, step, 100) for step in (0, 50, 100, 150)]
+    assert values == pytest.approx([at_0, at_50, at_100, at_150])
+
+
+def test_classic_bug_none_as_hidden_state(script, tmp_path, capsys):
+    """None for the state of every call: torch silently takes zeros, in acting and in training."""
+    x = {"ppo_recurrent_sbb": "x", "ppo_recurrent_tbb": "self.encoder(obs)"}[script.__name__]
+    assert_caught(tmp_path, capsys, script, (f"y, state = self.memory({x}, state, start) ",
+                                             f"y, state = self.memory({x}, self.memory.initial_state(start.shape[1]), start) "))
+
+
+def test_classic_bug_state_saved_too_late(script, tmp_path, capsys):
+    """The state is saved after the step has moved it."""
+    assert_caught(tmp_path, capsys, script, ("            states.append(state)\n", ""),
+                  ("                action = dist.sample() ", "                states.append(state)\n"
+                   "                action = dist.sample() "))
+
+
+def test_normalisation_travels_with_the_model(script, tmp_path):
+    _, folder = run(tmp_path, script, norm_obs=True, norm_reward=True)
+    content = script.load("--model", folder / "model.safetensors", script.read_model)
+    weights, args = content["agent"], content["args"]
+    assert weights["encoder.leaves.0.stats.count"] == weights["return_stats.count"] == args.total_timesteps
+    assert args.norm_obs and args.norm_reward and args.device == "cpu"
+
+
+def test_rewards_are_scaled_by_the_spread_of_discounted_returns(script, tmp_path):
+    module = planted(tmp_path, script, ("            rewards /= ", "            seen.append((rewards.clone(), starts.clone(), "
+                                        "discounted_returns))\n            rewards /= "),
+                     ("            advantages = gae(rewards,",
+                      "            seen[-1] += (rewards.clone(),)\n            advantages = gae(rewards,"))
+    module.seen = seen = []
+    run(tmp_path, module, norm_reward=True)
+    total, gamma = torch.zeros(4), script.Args().gamma
+    for rewards, starts, discounted_returns, _ in seen:                         # a plain loop, across the rollouts
+        for reward, start, discounted in zip(rewards, starts, discounted_returns):
+            total = reward + gamma * total * ~start
+            torch.testing.assert_close(discounted, total)
+    gathered = torch.cat([discounted for _, _, discounted, _ in seen])          # [3 T, N]
+    torch.testing.assert_close(seen[-1][3] * gathered.std(correction=0), seen[-1][0], rtol=1e-4, atol=1e-6)
+
+
+def test_the_value_loss_is_ppos_clipped_one_and_target_kl_stops_the_epochs(script, tmp_path):
+    old, target = {"ppo_recurrent_sbb": ("b_values[index]", "b_returns[index]"),
+                   "ppo_recurrent_tbb": ("values[:, mb]", "returns[:, mb]")}[script.__name__]
+    module = planted(tmp_path, script, ("                loss = pg_loss -",
+                                f"                seen.append((newvalue, {old}, {target}, v_loss, clip_coef))\n"
+                                "                loss = pg_loss -"))
+    module.seen = seen = []
+    run(tmp_path, module, learning_rate=(0.05,))
+    for new, old, returns, v_loss, clip in seen:
+        near = torch.minimum(torch.maximum(new, old - clip), old + clip)
+        expected = 0.5 * torch.stack([(new - returns) ** 2, (near - returns) ** 2]).max(0).values.mean()
+        torch.testing.assert_close(v_loss, expected)
+    assert any(((new - old).abs() > clip).any() for new, old, _, _, clip in seen) and len(seen) == 3 * 2 * 3
+    seen.clear()
+    run(tmp_path / "stopped", module, learning_rate=(0.05,), target_kl=1e-9)
+    assert len(seen) == 3 * 1 * 3                                               # one epoch of three minibatches an update
+
+
+def test_a_time_limit_is_bootstrapped_and_a_death_is_not(script, tmp_path):
+    module = planted(tmp_path, script, ("            advantages = gae(rewards,",
+                                "            seen.append((final_values.clone(), starts.clone(), next_start.clone()))\n"
+                                "            advantages = gae(rewards,"),
+                     ("                final_values[t, time_limit] = value[0]\n",
+                      "                final_values[t, time_limit] = value[0]\n"
+                      "                for i, n in enumerate(time_limit):\n"
+                      "                    assert (last_obs[0][0, i].numpy() == infos['final_obs'][n]).all()\n"
+                      "                    alone = agent((last_obs[0][:, [i]],), tuple(s[[n]] for s in state), "
+                      "goes_on[:, [i]])\n"
+                      "                    torch.testing.assert_close(final_values[t, n], alone[1][0, 0])\n"))
+    module.seen = seen = []
+    run(tmp_path, module, env_kwargs='{"max_steps": 2}')                        # nothing but time limits
+    for final_values, starts, next_start in seen:
+        ends = torch.cat([starts[1:], next_start[None]])
+        assert ((final_values != 0) == ends).all() and ends.any()
+    module.seen.clear()
+    run(tmp_path / "b", module, env_kwargs='{"max_steps": 1000}')               # nothing but deaths
+    assert all((final_values == 0).all() for final_values, _, _ in seen)
+
+
+# ---------------------------------------------------------------------- run folder, resume, signals
+
+@pytest.mark.parametrize("changes", [
+    {"memory": "lstm", "learning_rate": (1e-2, 1e-3, 2.0, 300)},
+    {"memory": "gru", "norm_obs": True, "norm_reward": True, "prev_action": True, "eval_every": 128, "eval_episodes": 3},
+])
+def test_resume_equals_never_having_stopped(script, tmp_path, changes):
+    whole, folder = run(tmp_path, script, run_name="whole", **changes)
+    _, half = run(tmp_path, script, run_name="half", total_timesteps=4 * 32 * 2, **changes)
+    rows, half = run(tmp_path, script, resume=str(half), **changes)
+    assert comparable(rows) == comparable(whole)
+    for name, weight in weights_of(script, folder).items():
+        assert torch.equal(weight, weights_of(script, half)[name]), name
+
+
+def test_same_seed_same_numbers_another_seed_others(script, tmp_path):
+    a, b, c = (comparable(run(tmp_path, script, run_name=name, seed=seed)[0]) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
+    assert a == b != c
+
+
+def test_resume_drops_rows_after_the_checkpoint(script, tmp_path):
+    rows, folder = run(tmp_path, script)
+    with (folder / "progress.csv").open("a") as f:
+        f.write("99999999" + "," * (len(rows[0]) - 1) + "\n")
+    resumed, _ = run(tmp_path, script, resume=str(folder), total_timesteps=4 * 32 * 4)
+    assert column(resumed, "global_step") == [128, 256, 384, 512]
+
+
+def test_other_peoples_tasks_and_another_number_of_environments_resume_with_new_episodes(script, tmp_path):
+    changes = dict(env_id="popgym-RepeatPreviousEasy-v0", env_kwargs="{}", prev_action=True)
+    _, folder = run(tmp_path, script, **changes)
+    rows, folder = run(tmp_path, script, resume=str(folder), total_timesteps=4 * 32 * 4, **changes)
+    assert column(rows, "global_step") == [128, 256, 384, 512] and max(column(rows, "debug/first_logratio")) < 1e-5
+    _, folder = run(tmp_path / "ours", script)
+    rows, _ = run(tmp_path / "ours", script, resume=str(folder), num_envs=5, total_timesteps=384 + 5 * 32)
+    assert column(rows, "global_step")[-1] == 384 + 5 * 32
+
+
+def test_run_folder_holds_what_design_says(script, tmp_path):
+    rows, folder = run(tmp_path, script, eval_every=256, eval_episodes=5)
+    assert {"args.json", "progress.csv", "model.safetensors", "checkpoint.pt"} <= {p.name for p in folder.iterdir()}
+    assert any(p.name.startswith("events.out.tfevents") for p in folder.iterdir())
+    assert list(rows[0])[:2] == ["global_step", "seconds"] and list(rows[0])[2:] == script.TAGS
+    assert [bool(row["eval/episodic_return"]) for row in rows] == [False, True, False]
+    assert json.loads((folder / "args.json").read_text())["num_envs"] == 4
+    with safetensors.safe_open(folder / "model.safetensors", "pt") as f:
+        assert f.metadata()["script"] == script.__name__ and f.metadata()["global_step"] == "384"
+
+
+def wait_for(path, seconds=120):
+    deadline = time.time() + seconds
+    while not path.exists():
+        assert time.time() < deadline, f"{path} did not appear"
+        time.sleep(0.05)
+
+
+def test_ctrl_c_saves_and_exits_0_and_sigkill_leaves_only_whole_files(script, tmp_path, run_script):
+    def start(*more):
+        flags = small(script) | {"learning_rate": "1e-2", "ent_coef": "1e-3", "total_timesteps": 10**8, "checkpoint_every": 128}
+        flags = [x for k, v in flags.items() for x in (f"--{k.replace('_', '-')}", v)]
+        return run_script(f"{script.__name__}.py", *flags, *more)
+
+    process = start("--runs-dir", tmp_path, "--run-name", "run")
+    checkpoint = tmp_path / "run" / "checkpoint.pt"
+    steps = []
+    for _ in range(2):
+        wait_for(checkpoint)
+        time.sleep(random.uniform(0.5, 2.0))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        steps.append(script.read_checkpoint(tmp_path / "run")["global_step"])      # whole, whenever the kill came
+        assert weights_of(script, tmp_path / "run")
+        rows = list(csv.reader((tmp_path / "run" / "progress.csv").open()))
+        assert all(len(row) == len(rows[0]) for row in rows)
+        before = checkpoint.stat().st_mtime_ns
+        process = start("--resume", tmp_path / "run")
+        while checkpoint.stat().st_mtime_ns == before:
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    assert "interrupted at step" in stdout and f"--resume {tmp_path / 'run'}" in stdout
+    steps.append(script.read_checkpoint(tmp_path / "run")["global_step"])
+    assert steps[0] <= steps[1] < steps[2]
+    column_of_steps = [int(r["global_step"]) for r in csv.DictReader((tmp_path / "run" / "progress.csv").open())]
+    assert column_of_steps == list(range(128, steps[2] + 1, 128))               # no row lost, none twice
+
+
+def test_enjoy(script, tmp_path, capsys):
+    _, folder = run(tmp_path, script, prev_action=True)
+    script.main(["--model", str(folder / "model.safetensors"), "--episodes", "2"])
+    out = capsys.readouterr().out
+    assert "A" in out and "episode 2: return" in out and "success" in out       # text frames by default
+    script.main(["--model", str(folder / "model.safetensors"), "--episodes", "1", "--render-mode", "rgb_array"])
+    assert (folder / "model.gif").stat().st_size > 0
+    with pytest.raises(SystemExit):
+        script.main(["--model", str(folder / "model.safetensors"), "--render-mode", "ansi", "--env-id", "CartPole-v1",
+                  "--env-kwargs", "{}"])
+    assert "--render-mode ansi is not one of CartPole-v1's: human, rgb_array" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("env_id", ["popgym-RepeatPreviousEasy-v0", "popgym-AutoencodeEasy-v0", "popgym-CountRecallEasy-v0",
+                                    "popgym-BattleshipEasy-v0", "popgym-PositionOnlyPendulumEasy-v0", "CartPole-v1",
+                                    "CartPoleMasked-v0"])
+def test_every_kind_of_task_trains_and_plays(script, tmp_path, env_id, capsys):
+    rows, folder = run(tmp_path, script, env_id=env_id, env_kwargs="{}", prev_action=True, prev_reward=True, eval_every=128,
+                       eval_episodes=2)
+    assert max(column(rows, "debug/first_logratio")) < 1e-4 and column(rows, "eval/episodic_return")
+    script.main(["--model", str(folder / "model.safetensors"), "--episodes", "1", "--render-mode", "none"])
+    assert "mean of 1: return" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kwargs", ["{}", '{"rgb": false}'])
+def test_images_and_symbols_train(script, tmp_path, kwargs):
+    rows, _ = run(tmp_path, script, env_id="MinigridMemory-v0", env_kwargs=kwargs, encoder_size=16)
+    assert max(column(rows, "debug/first_logratio")) < 1e-5
+
+
+def test_mortar_mayhem_grid_runs_with_reset_options(script, tmp_path):
+    pytest.importorskip("memory_gym", reason="pip install --no-deps memory-gym==1.0.2")
+    rows, _ = run(tmp_path, script, env_id="MortarMayhem-Grid-v0", env_kwargs="{}", num_envs=2, num_minibatches=2,
+                  total_timesteps=128, num_steps=64, reset_options='{"command_count": [2], "explosion_delay": [2]}')
+    assert max(column(rows, "charts/episodic_length")) < 30                     # two commands, not ten
+
+
+# ---------------------------------------------------------------------- bad input
+
+BAD = {
+    "--env-id PocMemry-v0": "PocMemory",
+    "--env-id MiniGrid-MemoryS9-v0": "not supported",
+    '--env-kwargs {"colour":1}': "colour",
+    "--env-kwargs [1": "--env-kwargs",
+    "--reset-options 3": "--reset-options",
+    '--reset-options {"size":1}': "no reset options",
+    "--num-minibatches 1000": "do not fit",
+    "--num-envs -1": "--num-envs",
+    "--hidden-size 0": "--hidden-size",
+    "--learning-rate 1 1 1 1 1": "--learning-rate",
+    "--total-timesteps 100": "--total-timesteps",
+    "--seed -1": "--seed",
+    "--device warp": "--device",
+    "--memory elephant": "memory",
+    "--model nowhere.safetensors": "does not exist",
+    "--model README.md": "cannot be read",
+    "--resume nowhere": "does not exist",
+    "--learning-rate -1": "--learning-rate",
+    "--learning-rate nan": "--learning-rate",
+    "--ent-coef 1e-3 1e-4 1 0": "--ent-coef",
+    "--ent-coef 1e-3 1e-4 -1": "--ent-coef",
+    "--clip-coef -0.2": "--clip-coef",
+    "--gamma nan": "--gamma",
+    "--gamma 1.5": "--gamma",
+    "--seed 99999999999999999999": "--seed",
+    "--device meta": "--device",
+    '--env-id MinigridMemory-v0 --env-kwargs {"size":8}': "--env-kwargs",
+    '--env-kwargs {"max_steps":"ten"}': "--env-kwargs",
+    "--run-name taken": "--run-name",
+}
+
+
+@pytest.mark.parametrize("flags", BAD)
+def test_bad_input_is_one_sentence_and_leaves_nothing(script, tmp_path, capsys, flags):
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(SystemExit) as stop:
+        task = [] if "--env-id" in flags else ["--env-id", "PocMemory-v0"]
+        script.main(["--runs-dir", str(tmp_path), *task, *flags.split()])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and BAD[flags] in error and "Traceback" not in error
+    assert len(error.strip().splitlines()) == 1 or "--memory" in flags          # that one is tyro's own box
+    assert [p.name for p in tmp_path.iterdir()] == ["taken"] and not list((tmp_path / "taken").iterdir())
+
+
+def test_files_of_others_are_refused(script, tmp_path, capsys):
+    _, folder = run(tmp_path, script)
+    model, checkpoint = folder / "model.safetensors", folder / "checkpoint.pt"
+    capsys.readouterr()
+
+    def refused(*argv):
+        with pytest.raises(SystemExit) as stop:
+            script.main(list(argv))
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and len(error.strip().splitlines()) == 1
+        return error
+
+    data = model.read_bytes()
+    model.write_bytes(data[: len(data) // 2])                                   # torn in transfer
+    assert "cannot be read" in refused("--model", str(model))
+    for metadata in ({"script": script.__name__}, {"script": script.__name__, "args": "{"}, {}):
+        safetensors.torch.save_file({"w": torch.zeros(2)}, model, metadata)
+        assert "cannot be read" in refused("--model", str(model))
+    safetensors.torch.save_file({"w": torch.zeros(2)}, model, {"script": "dqn_recurrent_tbb", "args": "{}"})
+    assert "dqn_recurrent_tbb" in refused("--model", str(model))
+    model.write_bytes(data)
+    assert "other sizes" in refused("--model", str(model), "--hidden-size", "9")
+    assert "other sizes" in refused("--resume", str(folder), "--hidden-size", "9", "--total-timesteps", "1000")
+    torch.save({"script": os.system}, checkpoint)                               # a pickle that names a function
+    assert "cannot be read" in refused("--resume", str(folder))
+    torch.save([1, 2], checkpoint)
+    assert "cannot be read" in refused("--resume", str(folder))
+
+
+def test_a_loss_that_is_not_finite_is_named(script, tmp_path):
+    with pytest.raises(SystemExit, match="not finite at step 128; the last checkpoint is"):
+        run(tmp_path, planted(tmp_path, script, ("loss = pg_loss -", "loss = float('nan') * pg_loss -")))
+    assert all(w.isfinite().all() for w in weights_of(script, tmp_path / "run").values())
