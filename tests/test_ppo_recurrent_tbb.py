@@ -35,8 +35,8 @@ def test_pitfall_columns_from_zero_state(tmp_path, capsys):
 
 def test_pitfall_acting_on_with_a_stale_state(tmp_path, capsys):
     """With --full-episodes training recomputes the state from the episode's first step: acting has to do the same."""
-    assert_caught(tmp_path, capsys, ppo, ("                _, _, state = agent(prefix[:K], ", "                agent(prefix[:K], "),
-                  full_episodes=True, env_kwargs=SLOW_EPISODES, learning_rate=(0.05,))
+    assert_caught(tmp_path, capsys, ppo, ("_, _, state = agent(prefix[:K], ", "agent(prefix[:K], "), full_episodes=True,
+                  env_kwargs=SLOW_EPISODES, learning_rate=(0.05,))
 
 
 # ---------------------------------------------------------------------- the tape
