@@ -35,8 +35,8 @@ class Args:
 
 def numbers(rewards, ends):
     """Step by step, number by number.   rewards [T, B], ends [T, B] bool: the episode's last step"""
-    out = [list(column) for column in zip(*rewards.tolist())]           # B lists of T
-    for column, end in zip(out, zip(*ends.tolist())):
+    out = rewards.T.tolist()                                # B lists of T
+    for column, end in zip(out, ends.T.tolist()):
         total = 0.0
         for t in range(len(column) - 1, -1, -1):
             total = column[t] + GAMMA * total * (not end[t])

@@ -27,7 +27,7 @@ import ppo_recurrent_tbb as tbb  # noqa: E402
 class Args:
     memories: tuple[str, ...] = ("lstm", "lru")  # untrained ones
     lengths: tuple[int, ...] = (4, 8, 16)  # L
-    steps: int = 96  # T, steps of the episode
+    steps: int = 104  # T, steps of the episode; T - distance a multiple of every L: all places in a segment count alike
     distance: int = 40  # the largest distance shown
     out: str = str(ROOT / "benchmark/results")  # where truncation.csv and .png go
 
@@ -81,10 +81,13 @@ def main(argv=None):
             for arm, L in arms.items():
                 curve = by_distance(gradients(memory, L, args.steps)[0], args.distance)
                 writer.writerow((memory, arm, *(f"{y:.4g}" for y in curve)))
-                axis.semilogy([y or float("nan") for y in curve], label=arm, linewidth=3 if arm == "SBB, whole" else 1.2,
-                              alpha=0.4 if arm == "SBB, whole" else 1)
+                line, = axis.semilogy([y or float("nan") for y in curve], label=arm, alpha=0.4 if arm == "SBB, whole" else 1,
+                                      linewidth=3 if arm == "SBB, whole" else 1.2)
+                if L in args.lengths:                                           # from here on: zero
+                    axis.axvline(L, color=line.get_color(), linestyle=":", linewidth=1)
             axis.set(title=memory, xlabel="distance of the cue, steps", ylabel="mean |d value / d cue|")
-    axes[0][0].legend(frameon=False, fontsize=8)
+    axes[0][-1].legend(frameon=False, fontsize=8)
+    figure.suptitle("a cue L steps back or more (dotted) gets no gradient", fontsize=10)
     figure.savefig(out / "truncation.png", dpi=120)
 
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from models.linear import FFM, LRU, S5, S6, MinGRU, MinLSTM
 from models.matrix import GatedDeltaNet, LinearAttention
+from models.scan import linear_scan
 
 SPAN = 32  # steps that the slowest unit of a new GRU or LSTM remembers
 
@@ -119,24 +120,29 @@ class NoMemory(nn.Module):
 class Stack(nn.Module):
     """A network of memory layers, each [T, B, H] -> [T, B, H]: what makes a linear recurrence a strong memory.
 
-    x = W x; then for every layer  x = x + W_1 g * sigmoid(W_2 g),  g = gelu(layer(LN(x))): pre-norm, residual, with a gated
-    linear unit, as S5 and the LRU are used. State: the states of all layers, one after the other.
+    x = W [x, new]; then for every layer  x = x + W_1 g * sigmoid(W_2 g),  g = gelu(layer(LN(x))): pre-norm, residual, with a
+    gated linear unit, as S5 and the LRU are used. new_t = 1, 1/2, 1/4, ... from the start of the episode: what these layers
+    store does not depend on their state, so that nothing else tells them that a step is the first. (Without it one layer
+    cannot learn popgym-RepeatFirst; a GRU sees its state of zeros.) State: 1 - new, then the states of all layers.
     """
 
     def __init__(self, layer, input_size, hidden_size, num_layers=1):
         super().__init__()
         self.hidden_size = hidden_size
-        self.embed = nn.Linear(input_size, hidden_size)
+        self.embed = nn.Linear(input_size + 1, hidden_size)
         self.norms = nn.ModuleList(nn.LayerNorm(hidden_size) for _ in range(num_layers))
         self.layers = nn.ModuleList(layer(hidden_size) for _ in range(num_layers))
         self.mixers = nn.ModuleList(nn.Linear(hidden_size, 2 * hidden_size) for _ in range(num_layers))
 
     def initial_state(self, batch_size):
-        return tuple(s for layer in self.layers for s in layer.initial_state(batch_size))
+        old = self.embed.weight.new_zeros(batch_size, 1)
+        return (old, *(s for layer in self.layers for s in layer.initial_state(batch_size)))
 
     def forward(self, x, state, start):
-        x, after = self.embed(x), ()
-        for norm, layer, mixer, before in zip(self.norms, self.layers, self.mixers, state, strict=True):
+        half = x.new_full((*x.shape[:2], 1), 0.5)                        # [T, B, 1]
+        old = linear_scan(half.masked_fill(start[..., None], 0), half, state[0])        # 1/2, 3/4, 7/8, ...
+        x, after = self.embed(torch.cat([x, 2 - 2 * old], dim=-1)), (old[-1],)
+        for norm, layer, mixer, before in zip(self.norms, self.layers, self.mixers, state[1:], strict=True):
             y, layer_state = layer(norm(x), (before,), start)
             x, after = x + F.glu(mixer(F.gelu(y)), dim=-1), after + layer_state
         return x, after

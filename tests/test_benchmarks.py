@@ -3,7 +3,9 @@ import csv
 import importlib
 import sys
 
+import gymnasium as gym
 import pytest
+import safetensors.torch
 import torch
 
 import ppo_recurrent_tbb as tbb
@@ -68,7 +70,42 @@ def test_horizon_of_a_known_memory_and_none_across_a_start():
     assert value[8:].isnan().all() and policy[8:].isnan().all()
 
 
-def test_horizon_report_and_sweep(tmp_path, model, capsys):
+@pytest.mark.parametrize("memory", ["lru", "lstm", "mingru"])
+def test_horizons_gradients_are_finite_differences_and_zero_across_a_start(memory):
+    torch.manual_seed(0)
+    agent = tbb.Agent(gym.spaces.Discrete(3), gym.spaces.Discrete(2),
+                      tbb.Args(memory=memory, hidden_size=4, mlp_size=8, num_layers=1)).double()
+    x, start = torch.rand(10, 1, 3, dtype=torch.float64), torch.zeros(10, 1, dtype=torch.bool)
+    start[[0, 4]] = True
+    (norms,) = horizon.gradients(agent, x, start, [8])                          # [2, T]
+    assert (norms[:, :4] == 0).all() and (norms[:, 9:] == 0).all() and (norms[:, 4:9] > 0).all()
+    epsilon, numeric = 1e-6, torch.zeros(2, 10, 3, dtype=torch.float64)
+    for s in range(10):
+        for i in range(3):
+            dx = torch.zeros_like(x)
+            dx[s, 0, i] = epsilon
+            with torch.no_grad():
+                high, low = (torch.stack(horizon.outputs(agent, x + sign * dx, start))[:, 8] for sign in (1, -1))
+            numeric[:, s, i] = (high - low) / (2 * epsilon)
+    torch.testing.assert_close(norms, numeric.norm(dim=-1), rtol=1e-5, atol=1e-8)
+
+
+def test_horizon_of_a_wrong_file_or_flag_is_one_sentence(tmp_path, model, capsys):
+    """A file may name none but our scripts: whatever else it names is not imported."""
+    safetensors.torch.save_file({"x": torch.zeros(1)}, tmp_path / "other", {"script": "antigravity", "args": "{}"})
+    for argv in (["--model", str(tmp_path / "none")], ["--model", str(tmp_path / "other")],
+                 ["--model", str(model), "--steps", "0"], ["--model", str(model), "--out", str(model / "folder")],
+                 ["--model", str(model), "--sweep", "k"], ["--model", str(model), "--sweep", "k", "two"],
+                 ["--model", str(model), "--sweep", "wrong", "2"],
+                 ["--model", str(model), "--sweep", "env-id", "PocMemory-v0"]):
+        with pytest.raises(SystemExit) as stop:
+            horizon.main(argv)
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and said.count("\n") == 1 and "--" in said, (argv, said)
+    assert "antigravity" not in sys.modules
+
+
+def test_horizon_report_and_sweep(tmp_path, model):
     horizon.main(["--model", str(model), "--steps", "60", "--targets", "4", "--out", str(tmp_path)])
     rows = list(csv.DictReader((tmp_path / "horizon.csv").open()))
     assert [int(row["k"]) for row in rows] == list(range(len(rows))) and 10 < len(rows) <= 51       # episodes of 51 steps
@@ -78,9 +115,6 @@ def test_horizon_report_and_sweep(tmp_path, model, capsys):
         rows = list(csv.DictReader((tmp_path / "sweep.csv").open()))
         assert [row[sweep[0]] for row in rows] == sweep[1:] and all(-1 <= float(row["return"]) <= 1 for row in rows)
     assert (tmp_path / "horizon.png").exists() and (tmp_path / "sweep.png").exists()
-    with pytest.raises(SystemExit) as stop:
-        horizon.main(["--model", str(ROOT / "README.md")])
-    assert stop.value.code == 2 and "--model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("memory", ["lstm", "lru"])
@@ -102,3 +136,13 @@ def test_truncation_by_distance(tmp_path):
     rows = {row[1]: [float(x) for x in row[2:]] for row in csv.reader((tmp_path / "truncation.csv").open()) if row[1] != "arm"}
     assert rows["TBB"] == rows["SBB, whole"] and min(rows["TBB"]) > 0
     assert min(rows["SBB, L = 4"][:4]) > 0 and max(rows["SBB, L = 4"][4:]) == 0
+
+
+def test_truncation_by_default_gives_all_places_in_a_segment_the_same_weight():
+    """If every gradient that exists is 1, the mean at distance d is the share of a segment's places with d before: 1 - d / L."""
+    args = truncation.Args()
+    t, s = torch.arange(args.steps)[:, None], torch.arange(args.steps)
+    for L in args.lengths:
+        pairs = ((t // L == s // L) & (s <= t)).double()
+        expected = [max(0.0, 1 - d / L) for d in range(args.distance + 1)]
+        assert truncation.by_distance(pairs, args.distance) == pytest.approx(expected)
