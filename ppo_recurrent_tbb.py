@@ -512,11 +512,11 @@ def train(args, checkpoint=None):
                 break
         if args.norm_obs:                                   # only now: this update had to see what the acting policy saw
             agent.encoder.update_stats(tuple(o.flatten(0, 1) for o in obs))
-        if args.full_episodes:                              # keep the steps of the episodes that go on
+        if args.full_episodes:                              # the next tape begins with the steps of the episodes that go on
             row = torch.arange(P + T, device=device)[:, None]
             age = P + T - torch.where(tape_starts, row, 0).amax(0)                          # [N] steps since the last start
             P = min(args.max_prefix, int(torch.where(next_start & args.reset_state, 0, age).max()))
-            prefix = tuple(x[len(x) - P :] for x in tape)
+        prefix = tuple(x[len(x) - (P if args.full_episodes else 0) :] for x in tape)
         lap("update")
 
         # -------------------------------------------------------------- log, checkpoint

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from models.scan import linear_scan
 
-SPAN = 32.0  # a new gated layer has channels that remember for 1 to SPAN steps
+SPAN = 32  # a new gated layer, linear or not, has units that remember for 1 to SPAN steps
 
 
 class LinearRecurrence(nn.Module):

@@ -18,11 +18,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from models.linear import FFM, LRU, S5, S6, MinGRU, MinLSTM
+from models.linear import FFM, LRU, S5, S6, SPAN, MinGRU, MinLSTM
 from models.matrix import GatedDeltaNet, LinearAttention
 from models.scan import linear_scan
-
-SPAN = 32  # steps that the slowest unit of a new GRU or LSTM remembers
 
 
 class RNN(nn.Module):

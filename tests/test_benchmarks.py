@@ -139,7 +139,7 @@ def test_truncation_by_distance(tmp_path):
 
 
 def test_truncation_by_default_gives_all_places_in_a_segment_the_same_weight():
-    """If every gradient that exists is 1, the mean at distance d is the share of a segment's places with d before: 1 - d / L."""
+    """If every gradient that exists is 1, the mean at distance d is the share of a segment's places with d before."""
     args = truncation.Args()
     t, s = torch.arange(args.steps)[:, None], torch.arange(args.steps)
     for L in args.lengths:

@@ -175,3 +175,14 @@ def test_observations_with_negative_strides_are_taken():
 def test_integer_box_actions_stay_integers():
     head = PolicyHead(5, spaces.Box(0, 3, (2,), np.int64))
     assert head.to_env(torch.tensor([[1.7, 9.0]])).tolist() == [[1, 3]]
+
+
+def test_the_stack_tells_its_layers_where_an_episode_starts():
+    """Beside the features, the embedding sees 1, 1/2, 1/4, ... from every start, and from a fresh state."""
+    stack, seen = MEMORIES["mingru"](2, 4), []
+    stack.embed.register_forward_pre_hook(lambda module, args: seen.append(args[0][:, 0, -1]))
+    start = torch.zeros(6, 1, dtype=torch.bool)
+    start[3] = True
+    _, state = stack(torch.zeros(6, 1, 2), stack.initial_state(1), start)
+    stack(torch.zeros(1, 1, 2), state, start[:1])                               # goes on where the call before stopped
+    assert torch.cat(seen).tolist() == [1, 0.5, 0.25, 1, 0.5, 0.25, 0.125]
