@@ -80,7 +80,7 @@ def test_law_5_rows_are_independent_and_states_batch_first(name, layers):
     torch.testing.assert_close(final_rows, tuple(s[rows] for s in final))
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 7, 64, 129])
+@pytest.mark.parametrize("length", [1, 2, 7, 32, 67])                           # a scan's chunk: 16 steps, a matrix's: 32
 def test_law_6_one_call_equals_the_loop_in_values_and_gradients(name, layers, length):
     memory, _, state, _ = make(name, layers)
     x, start = torch.randn(length, B, F, dtype=torch.float64), torch.rand(length, B) < 0.2
@@ -99,7 +99,7 @@ def test_law_7_it_can_remember(name, layers):
     torch.manual_seed(1)
     hidden = 32
     memory, readout = MEMORIES[name](6, hidden, layers), torch.nn.Linear(hidden, 4)
-    optimizer = torch.optim.Adam([*memory.parameters(), *readout.parameters()], lr=5e-3)
+    optimizer = torch.optim.Adam([*memory.parameters(), *readout.parameters()], lr=1e-2)
 
     def batch(size):
         cue = torch.randint(4, (2, size))
@@ -113,10 +113,13 @@ def test_law_7_it_can_remember(name, layers):
         return readout(y[[7, 15]]), cue
 
     for _ in range(250):
-        logits, cue = batch(64)
+        logits, cue = batch(32)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), cue.flatten())
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1), cue.flatten()).backward()
+        loss.backward()
         optimizer.step()
+        if loss < 0.05:                                                         # every batch is new: this is no overfitting
+            break
     with torch.no_grad():
         logits, cue = batch(500)
     accuracy = (logits.argmax(-1) == cue).float().mean().item()
