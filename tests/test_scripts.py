@@ -328,8 +328,12 @@ def test_files_of_others_are_refused(script, tmp_path, capsys):
     model.write_bytes(data)
     assert "other sizes" in refused("--model", str(model), "--hidden-size", "9")
     assert "other sizes" in refused("--resume", str(folder), "--hidden-size", "9", "--total-timesteps", "1000")
-    torch.save({"script": os.system}, checkpoint)                               # a pickle that names a function
-    assert "cannot be read" in refused("--resume", str(folder))
+    class Program:
+        def __reduce__(self):                                                   # what unpickling would call
+            return os.mkdir, (str(tmp_path / "it ran"),)
+
+    torch.save({"script": script.__name__, "args": "{}", "program": Program()}, checkpoint)
+    assert "cannot be read" in refused("--resume", str(folder)) and not (tmp_path / "it ran").exists()
     torch.save([1, 2], checkpoint)
     assert "cannot be read" in refused("--resume", str(folder))
 
