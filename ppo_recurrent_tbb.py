@@ -423,6 +423,7 @@ def train(args, checkpoint=None):
         if P:                                               # act on with what today's weights make of the episode so far
             with torch.no_grad():
                 _, _, state = agent(prefix[:K], tuple(s[0] for s in prefix[K + 1 :]), prefix[K])
+            state = tuple(s.clone() for s in state)         # not views of the whole prefix: checkpoints would hold all of it
         states = []                                         # T tuples of [N, ...]: the memory *before* step t
         final_values.zero_()
         for t in range(T):
@@ -516,7 +517,7 @@ def train(args, checkpoint=None):
             row = torch.arange(P + T, device=device)[:, None]
             age = P + T - torch.where(tape_starts, row, 0).amax(0)                          # [N] steps since the last start
             P = min(args.max_prefix, int(torch.where(next_start & args.reset_state, 0, age).max()))
-        prefix = tuple(x[len(x) - (P if args.full_episodes else 0) :] for x in tape)
+        prefix = tuple(x[len(x) - (P if args.full_episodes else 0) :].clone() for x in tape)
         lap("update")
 
         # -------------------------------------------------------------- log, checkpoint

@@ -155,6 +155,15 @@ def test_a_resumed_run_may_drop_full_episodes(tmp_path):
     assert prefixes[0] > 0 and prefixes[1:] == [0, 0] and max(column(rows, "debug/first_logratio")) < 1e-5
 
 
+@pytest.mark.parametrize("changes", [{}, {"full_episodes": True, "max_prefix": 4}])
+def test_a_checkpoint_holds_no_more_than_it_needs(tmp_path, changes):
+    """A slice of the tape is a view, and torch.save writes all that a view looks into."""
+    _, folder = run(tmp_path, ppo, memory="lru", env_kwargs=SLOW_EPISODES, **changes)
+    tensors = [x for xs in ppo.read_checkpoint(folder)["tensors"] for x in xs]
+    assert len(tensors) > 6
+    assert all(x.untyped_storage().nbytes() == x.numel() * x.element_size() for x in tensors)
+
+
 def test_a_minibatch_of_one_column_and_one_step_trains(tmp_path):
     rows, folder = run(tmp_path, ppo, num_envs=4, num_steps=1, num_minibatches=4, total_timesteps=16)
     assert len(rows) == 4 and all(w.isfinite().all() for w in weights_of(ppo, folder).values())
