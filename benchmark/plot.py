@@ -142,7 +142,7 @@ def collect_grid(name, cells, out):
         for cell, (entry, runs) in cells.items():
             for seed, run in runs.items():
                 steps, seconds, values = run["global_step"], run["seconds"], run[entry["measure"]]
-                for i in sorted({*range(0, len(steps), max(1, len(steps) // 25)), len(steps) - 1}):
+                for i in sorted({*range(0, len(steps), -(-len(steps) // 25)), len(steps) - 1}):
                     curves.writerow((*cell, seed, int(steps[i]), f"{seconds[i]:.1f}", f"{values[i]:.4g}"))
                 table.writerow((*cell, seed, f"{values[-1]:.4g}", int(steps[-1]), round(seconds[-1])))
 
