@@ -3,7 +3,7 @@
 Writes to benchmark/results: <entry>.csv (seed, step, seconds, return, success; about 100 rows a seed), <entry>.png, and
 table.csv (one row a seed: when the level was first reached, what was reached at best and at the end). A grid of entries gets
 one <grid>.csv (also: the grid's cell; about 25 rows a seed), <grid>-table.csv and figure. From the tables and speed.csv, the
-README's. Entries without runs keep what is committed.   Needs benchmark/requirements.txt.
+README's. Entries without runs keep what is committed.
 """
 import csv
 import statistics
