@@ -137,12 +137,18 @@ class Agent(nn.Module):
         self.policy = PolicyHead(args.mlp_size, action_space)
         self.value = init(nn.Linear(args.mlp_size, 1), 1.0)
         self.return_stats = RunningMeanStd()                # scales rewards, with --norm-reward
+        self.reset_state = args.reset_state
 
     def forward(self, obs, state, start, prefix=0):
         """Returns a distribution and values of the steps after the first `prefix`, both [T, B], and the state after them."""
         y, state = self.memory(self.encoder(obs), state, start)                             # [P + T, B, H]
         for_policy, for_value = self.hidden(y[prefix:]).relu().chunk(2, dim=-1)             # [T, B, mlp_size]
         return self.policy(for_policy), self.value(for_value).squeeze(-1), state
+
+    def act(self, obs, state, start):
+        """The most likely actions, as the environment takes them, and the state after them.   obs: leaves of [B, ...]"""
+        dist, _, state = self(add_time(obs), state, (start & self.reset_state)[None])
+        return self.policy.to_env(dist.mode()[0]), state
 
 
 def gae(rewards, values, starts, final_values, next_value, next_start, gamma, lam):
@@ -167,20 +173,20 @@ def polynomial(schedule, step, total_steps):
 
 @torch.no_grad()
 def play(agent, envs, args, episodes, seed, show=lambda: None):
-    """Plays with the most likely actions. Returns three arrays: return, length, success (nan: not defined) of each episode.
+    """Plays without exploring. Returns three arrays: return, length, success (nan: not defined) of each episode.
 
     Every environment plays its share: taking the first episodes to finish would prefer the short ones. An episode without
     end counts as it stands after 10,000 steps.
     """
-    N, device = envs.num_envs, agent.value.weight.device
+    N, device = envs.num_envs, next(agent.parameters()).device
     share = np.array([len(x) for x in np.array_split(np.arange(episodes), N)])              # [N] episodes left to play
     obs, state, start = envs.reset(seed=seed)[0], agent.memory.initial_state(N), np.ones(N, bool)
     returns, lengths, results = np.zeros(N), np.zeros(N), []
     while share.any():
         show()
-        memory_start = torch.as_tensor(start & args.reset_state, device=device)[None]
-        dist, _, state = agent(add_time(to_tensors(envs.single_observation_space, obs, device)), state, memory_start)
-        obs, reward, terminated, truncated, infos = envs.step(agent.policy.to_env(dist.mode()[0]))
+        obs = to_tensors(envs.single_observation_space, obs, device)
+        action, state = agent.act(obs, state, torch.as_tensor(start, device=device))
+        obs, reward, terminated, truncated, infos = envs.step(action)
         returns, lengths = returns + reward, lengths + 1
         start = terminated | truncated | (lengths == 10_000)
         if start.any():

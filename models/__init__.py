@@ -1,8 +1,8 @@
 """What the scripts share: encoders, memories, heads. One network is encoder -> memory -> heads."""
 from models.encoder import Encoder, init, to_tensors
-from models.heads import PolicyHead
+from models.heads import PolicyHead, QHead
 from models.memory import MEMORIES
 from models.running_stats import RunningMeanStd
 from models.scan import linear_scan
 
-__all__ = ["MEMORIES", "Encoder", "PolicyHead", "RunningMeanStd", "init", "linear_scan", "to_tensors"]
+__all__ = ["MEMORIES", "Encoder", "PolicyHead", "QHead", "RunningMeanStd", "init", "linear_scan", "to_tensors"]

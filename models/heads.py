@@ -1,6 +1,6 @@
-"""Policy heads: features -> a distribution over the actions of a Discrete, MultiDiscrete or Box space.
+"""Heads: features -> a distribution over the actions of a Discrete, MultiDiscrete or Box space, or the values of actions.
 
-The three distributions do what torch.distributions' namesakes do, without the checks and copies that cost more than the
+The three distributions of PolicyHead do what torch.distributions' namesakes do, without the checks and copies that cost more than the
 network when 16 environments act.   sample() and mode() give actions, log_prob(actions) and entropy() one number a step.
 """
 import gymnasium as gym
@@ -103,3 +103,48 @@ class PolicyHead(nn.Module):
         if isinstance(self.space, gym.spaces.Box):
             return np.clip(action, self.space.low, self.space.high).astype(self.space.dtype)
         return action + self.first
+
+
+class ActionValues:
+    """Q of every action of a Discrete or MultiDiscrete space. Actions are [..., K]: K branches, one if Discrete.
+
+    Q(a) of several branches is the sum of theirs (value decomposition, Sunehag et al. 2018): the best action is made of each
+    branch's best.
+    """
+
+    def __init__(self, q, sizes):                           # [..., sum(sizes)]
+        self.branches = q.split(sizes, dim=-1)
+
+    def greedy(self):
+        return torch.stack([q.argmax(-1) for q in self.branches], dim=-1)
+
+    def epsilon_greedy(self, epsilon):
+        """Uniformly random with probability epsilon, else the greedy one."""
+        explore = torch.rand(self.branches[0].shape[:-1], device=self.branches[0].device) < epsilon
+        random = [torch.randint(q.shape[-1], explore.shape, device=q.device) for q in self.branches]
+        return torch.where(explore[..., None], torch.stack(random, dim=-1), self.greedy())
+
+    def of(self, action):                                   # [..., K] -> [...]
+        return sum(q.gather(-1, a[..., None]).squeeze(-1) for q, a in zip(self.branches, action.unbind(-1)))
+
+
+class QHead(nn.Module):
+    """[..., F] -> ActionValues.   branches: K.   Raises ValueError for a space that is not Discrete or MultiDiscrete."""
+
+    def __init__(self, in_size, space):
+        super().__init__()
+        self.space, self.first = space, getattr(space, "start", 0)     # integers are stored from 0
+        if isinstance(space, gym.spaces.Discrete):
+            self.sizes = [int(space.n)]
+        elif isinstance(space, gym.spaces.MultiDiscrete) and len(space.shape) == 1:
+            self.sizes = space.nvec.tolist()
+        else:
+            raise ValueError(f"action space {space} is not supported: it can be a Discrete, or a MultiDiscrete of one dimension")
+        self.linear = init(nn.Linear(in_size, sum(self.sizes)), 0.01)
+
+    def forward(self, y):
+        return ActionValues(self.linear(y), self.sizes)
+
+    def to_env(self, action):
+        """Actions [N, K] as the environment takes them: numpy, integers from the space's start, [N] if Discrete."""
+        return action.cpu().numpy().reshape(-1, *self.space.shape) + self.first
