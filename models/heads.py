@@ -1,6 +1,6 @@
 """Heads: features -> a distribution over the actions of a Discrete, MultiDiscrete or Box space, or the values of actions.
 
-The three distributions of PolicyHead do what torch.distributions' namesakes do, without the checks and copies that cost more than the
+The three distributions do what torch.distributions' namesakes do, without the checks and copies that cost more than the
 network when 16 environments act.   sample() and mode() give actions, log_prob(actions) and entropy() one number a step.
 """
 import gymnasium as gym
@@ -139,7 +139,8 @@ class QHead(nn.Module):
         elif isinstance(space, gym.spaces.MultiDiscrete) and len(space.shape) == 1:
             self.sizes = space.nvec.tolist()
         else:
-            raise ValueError(f"action space {space} is not supported: it can be a Discrete, or a MultiDiscrete of one dimension")
+            raise ValueError(f"action space {space} is not supported: it can be a Discrete, or a MultiDiscrete of one "
+                             "dimension")
         self.linear = init(nn.Linear(in_size, sum(self.sizes)), 0.01)
 
     def forward(self, y):
