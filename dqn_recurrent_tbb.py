@@ -308,7 +308,7 @@ def check(args):
     ranges = dict.fromkeys(("num_threads num_envs total_timesteps hidden_size num_layers mlp_size train_every tape_len n_step "
                             "target_network_frequency log_every eval_episodes checkpoint_every episodes").split(), (1, 2**40))
     ranges |= dict.fromkeys(("seed", "encoder_size", "learning_starts", "eval_every"), (0, 2**40))
-    ranges |= dict.fromkeys(("gamma", "tau", "start_e", "end_e", "exploration_fraction"), (0, 1))
+    ranges |= dict.fromkeys(("gamma", "tau", "start_e", "end_e"), (0, 1)) | {"exploration_fraction": (1e-6, 1)}
     ranges |= dict.fromkeys(("replay_ratio", "max_grad_norm"), (0, 1e9)) | {"buffer_size": (2 * args.num_envs, 2**40)}
     for name, (low, high) in ranges.items():
         if not low <= getattr(args, name) <= high:
@@ -485,7 +485,7 @@ def train(args, checkpoint=None):
     while global_step + T * N <= args.total_timesteps and not interrupted:
         learning_rate = polynomial(args.learning_rate, global_step, args.total_timesteps)
         optimizer.param_groups[0]["lr"] = learning_rate
-        schedule = (args.start_e, args.end_e, 1.0, args.exploration_fraction * args.total_timesteps + 1)
+        schedule = (args.start_e, args.end_e, 1.0, args.exploration_fraction * args.total_timesteps)
         epsilon = 1.0 if global_step < args.learning_starts else polynomial(schedule, global_step, args.total_timesteps)
 
         # -------------------------------------------------------------- rollout: T steps in N environments
@@ -547,8 +547,8 @@ def train(args, checkpoint=None):
                 stats.append(torch.stack([loss, q_mean, grad_norm, real.sum()]))
             lap("update")
 
-        if not replay.index and replay.head.min() > replay.C:
-            fail(f"no episode fits: each of the --num-envs {N} environments has --buffer-size / --num-envs = {replay.C} "
+        if not replay.index and (replay.head - replay.first).max() > replay.C:
+            fail(f"episodes do not fit: each of --num-envs {N} environments has --buffer-size / --num-envs = {replay.C} "
                  "positions; raise --buffer-size")
 
         # -------------------------------------------------------------- log, checkpoint

@@ -158,7 +158,7 @@ def gae(rewards, values, starts, final_values, next_value, next_start, gamma, la
     """
     next_values, next_starts = torch.cat([values[1:], next_value[None]]), torch.cat([starts[1:], next_start[None]])
     # KNOWN BUG (CleanRL ppo_atari_lstm.py, recurrent-ppo's wrappers): a time limit treated as death. Symptom: values too
-    #   low near the limit. Here: final_values. Test: test_scripts.py::test_gae_equals_its_definition.
+    #   low near the limit. Here: final_values. Test: test_ppo.py::test_gae_equals_its_definition.
     deltas = rewards + gamma * (next_values * ~next_starts + final_values) - values         # [T, N]
     # A_t = delta_t + gamma lam A_{t+1}, cut where an episode starts: a linear recurrence, backwards in time.
     return linear_scan((gamma * lam * ~next_starts).flip(0), deltas.flip(0), torch.zeros_like(next_value)).flip(0)
@@ -438,7 +438,7 @@ def train(args, checkpoint=None):
             starts[t] = next_start
             # KNOWN BUG (recurrent-ppo readme): saving the state after the step or the reset. Symptom: logratio != 0 before
             #   the first gradient step, learning a little worse. Here: saved before both; `start` repeats the reset in
-            #   training. Test: test_scripts.py::test_classic_bug_state_saved_too_late.
+            #   training. Test: test_ppo.py::test_classic_bug_state_saved_too_late.
             states.append(state)
             with torch.no_grad():                           # acting is a sequence of length 1
                 dist, value, state = agent(add_time(next_obs), state, memory_starts[t : t + 1])

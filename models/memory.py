@@ -50,7 +50,7 @@ class RNN(nn.Module):
     def initial_state(self, batch_size):
         # KNOWN BUG (recurrent-ppo readme): None as hidden state. torch takes it for zeros and says nothing. Symptom: the
         #   memory restarts at every call, the value function explodes. Here: a state is always given, None fails.
-        #   Test: test_scripts.py::test_classic_bug_none_as_hidden_state.
+        #   Test: test_ppo.py::test_classic_bug_none_as_hidden_state.
         return (self.rnn.weight_hh_l0.new_zeros(batch_size, self.hidden_size),) * (self.kinds * self.num_layers)
 
     def forward(self, x, state, start):

@@ -4,19 +4,23 @@ import importlib.util
 import sys
 from pathlib import Path
 
-SMALL = dict(env_id="PocMemory-v0", env_kwargs='{"max_steps": 11}', num_envs=4, num_steps=32, total_timesteps=4 * 32 * 3,
-             num_minibatches=3, update_epochs=2, memory="gru", hidden_size=8, mlp_size=8, learning_rate=(1e-2,),
-             ent_coef=(1e-3,), vf_coef=0.1, device="cpu")
+SMALL = dict(env_id="PocMemory-v0", env_kwargs='{"max_steps": 11}', num_envs=4, total_timesteps=4 * 32 * 3, memory="gru",
+             hidden_size=8, mlp_size=8, learning_rate=(1e-2,), device="cpu")
+SMALL_PPO = dict(num_steps=32, num_minibatches=3, update_epochs=2, ent_coef=(1e-3,), vf_coef=0.1)
+SMALL_DQN = dict(train_every=32, learning_starts=64, replay_ratio=0.1, log_every=128, buffer_size=400, start_e=0.3, end_e=0.3)
+LENGTHS = dict(seq_len=5, batch_size=64, tape_len=64)
 
 
-def small(script):
-    """Flags of a run of three updates, whose episodes end inside rollouts and, for SBB, inside segments of 5."""
-    return SMALL | ({"seq_len": 5} if hasattr(script.Args, "seq_len") else {})
+def small(script, **changes):
+    """Flags of a run of 384 steps, a row of progress.csv every 128, whose episodes end inside rollouts and inside segments.
+    Changes to flags that the script does not have are left out."""
+    flags = SMALL | SMALL_PPO | SMALL_DQN | LENGTHS | changes
+    return {name: value for name, value in flags.items() if hasattr(script.Args, name)}
 
 
 def run(tmp_path, script, **changes):
     """Train in this process; returns the rows of progress.csv and the run folder."""
-    args = script.Args(**{**small(script), "runs_dir": str(tmp_path), "run_name": "run", **changes})
+    args = script.Args(**small(script, **{"runs_dir": str(tmp_path), "run_name": "run", **changes}))
     script.check(args)
     folder = script.train(args, script.load("--resume", args.resume, script.read_checkpoint) if args.resume else None)
     return list(csv.DictReader((folder / "progress.csv").open())), folder
