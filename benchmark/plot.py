@@ -23,12 +23,18 @@ class Args:
     out: str = str(HERE / "results")  # where the CSV files and figures go
 
 
-def read(path):
-    """progress.csv as columns of floats; rows before the first finished episode are left out."""
-    rows = [row for row in csv.DictReader(path.open()) if row["charts/episodic_return"]]
-    return {k: [float(row[tag] or "nan") for row in rows] for k, tag in (
-        ("global_step", "global_step"), ("seconds", "seconds"), ("return", "charts/episodic_return"),
-        ("success", "charts/success"), ("logratio", "debug/first_logratio"))}
+# what an entry's `measure` says: the column of progress.csv, and what to write at the axis
+MEASURES = {"return": ("charts/episodic_return", "return, mean of 100 episodes"),
+            "success": ("charts/success", "success, mean of 100 episodes"),
+            "eval": ("eval/episodic_return", "return of the greedy policy")}
+
+
+def read(path, measure):
+    """progress.csv as columns of floats; rows without the measure are left out."""
+    rows = [row for row in csv.DictReader(path.open()) if row[MEASURES[measure][0]]]
+    tags = {"global_step": "global_step", "seconds": "seconds", "logratio": "debug/first_logratio"}
+    tags |= {k: tag for k, (tag, _) in MEASURES.items()}
+    return {k: [float(row.get(tag) or "nan") for row in rows] for k, tag in tags.items()}
 
 
 def readme_table(rows):
@@ -80,7 +86,7 @@ def layer_table(rows):
 
 def with_tables(readme, results):
     """The README with its tables made anew from the CSV files in `results`."""
-    for name, file, table in (("results", "table.csv", readme_table), ("popgym", "popgym-table.csv", grid_table),
+    for name, file, table in (("results", "table.csv", readme_table), ("popgym", "popgym-table.csv", grid_table), ("dqn", "dqn-table.csv", grid_table),
                               ("speed", "speed.csv", speed_table), ("layers", "layers.csv", layer_table)):
         begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
         with (results / file).open() as f:
@@ -100,7 +106,7 @@ def draw(name, entry, runs, out):
     for seed, run in runs.items():
         axis.plot(run["global_step"], run[entry["measure"]], label=f"seed {seed}", linewidth=1)
     axis.axhline(entry["level"], color="gray", linestyle=":", linewidth=1)
-    axis.set(title=f"{name} (n = {len(runs)})", xlabel="environment steps", ylabel=f"{entry['measure']}, mean of 100 episodes")
+    axis.set(title=f"{name} (n = {len(runs)})", xlabel="environment steps", ylabel=MEASURES[entry["measure"]][1])
     axis.legend(frameon=False, fontsize=8)
     figure.savefig(out / f"{name}.png", dpi=120)
     plt.close(figure)
@@ -127,7 +133,7 @@ def draw_grid(name, cells, out):
         axis.tick_params(labelsize=7)
     axes[0][0].legend(frameon=False, fontsize=7)
     figure.supxlabel("environment steps", fontsize=8)
-    figure.supylabel(f"{entry['measure']}, mean of 100 episodes; mean and range of {len(runs)} seeds", fontsize=8)
+    figure.supylabel(f"{MEASURES[entry['measure']][1]}; mean and range of {len(runs)} seeds", fontsize=8)
     figure.savefig(out / f"{name}.png", dpi=110)
     plt.close(figure)
 
@@ -153,7 +159,7 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     committed = list(csv.DictReader((out / "table.csv").open())) if (out / "table.csv").exists() else []
     for name, entry in entries().items():
-        runs = {seed: read(path) for seed in entry["seeds"]
+        runs = {seed: read(path, entry["measure"]) for seed in entry["seeds"]
                 if (path := Path(args.runs_dir) / f"{name}__{seed}" / "progress.csv").exists()}
         if entry["cell"]:
             if runs:

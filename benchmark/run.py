@@ -3,7 +3,6 @@
 Runs go to <runs-dir>/<entry>__<seed>. Finished ones are skipped, interrupted ones resumed.
 """
 import itertools
-import json
 import shlex
 import subprocess
 import sys
@@ -39,22 +38,16 @@ def entries():
     return out
 
 
-def finished(folder):
-    """Whether the run's last row is its last rollout."""
-    if not (folder / "progress.csv").exists():
-        return False
-    args = json.loads((folder / "args.json").read_text())
-    last_step = (folder / "progress.csv").read_text().splitlines()[-1].split(",")[0]
-    return last_step.isdigit() and int(last_step) + args["num_envs"] * args["num_steps"] > args["total_timesteps"]
-
-
 def run(command, folder):
-    if finished(folder):
+    if (folder / "finished").exists():
         return f"{folder.name}: finished before"
     new = ["--runs-dir", folder.parent, "--run-name", folder.name]
     flags = ["--resume", folder] if (folder / "checkpoint.pt").exists() else new
     done = subprocess.run([sys.executable, *command[1:], *map(str, flags)], cwd=ROOT, capture_output=True, text=True)
-    return f"{folder.name}: " + ("finished" if done.returncode == 0 else f"FAILED\n{done.stderr[-2000:]}")
+    if done.returncode or "done at step" not in done.stdout:                    # what was interrupted is resumed next time
+        return f"{folder.name}: FAILED\n{done.stderr[-2000:]}"
+    (folder / "finished").touch()
+    return f"{folder.name}: finished"
 
 
 def main():
