@@ -534,6 +534,7 @@ def train(args, checkpoint=None):
             real, *batch = (x.to(device) for x in replay.sample(args.batch_size))           # [W + L + 1, S, ...] each
             # PITFALL: segments that start from zeros, as in most recurrent replays. Symptom: what lies more than L steps back
             #   does not exist; no state is old in training, all are in acting. Here: kept, as the baseline; see --burn-in.
+            #   Test: test_dqn.py::test_stored_states_are_those_of_the_whole_episode.
             seg_state = target_state = tuple(s[0] for s in batch[K + 4 :]) or agent.memory.initial_state(real.shape[1])
             if W:                                           # both networks make the stored states their own, without gradient
                 with torch.no_grad():

@@ -183,8 +183,8 @@ class Replay:
 
     def sample(self, tape_len, fixed=False):
         """Episodes drawn uniformly, with replacement, until there are tape_len steps, laid end to end: tensors [P, 1, ...]"""
-        # KNOWN BUG (memory-monoids buffer.py): the two newest episodes are never drawn, fewer than three raise an error. Here:
-        #   every whole episode has the same chance. Test: test_replay.py::test_episodes_are_drawn_uniformly.
+        # KNOWN BUG (memory-monoids buffer.py): the two newest episodes are never drawn. Symptom: fewer than three raise
+        #   an error. Here: every whole episode has the same chance. Test: test_replay.py::test_episodes_are_drawn_uniformly.
         rows, steps = [], 0
         while steps < tape_len:
             n, first, length = episode = self.index[torch.randint(len(self.index), ()).item()]

@@ -62,6 +62,17 @@ def speed_table(rows):
     return "\n".join(out) + "\n"
 
 
+def dqn_speed_table(rows):
+    """The README's table of the DQN pair's speeds, from the rows of dqn-speed.csv."""
+    out = ["| script, memory | steps/s | an update, ms | acting, us a step | policy, env, batch, update |",
+           "|---|---|---|---|---|"]
+    for row in rows:
+        shares = ", ".join(f"{float(row[f'share_{part}']):.0%}" for part in ("policy", "env", "batch", "update"))
+        out.append(f"| {row['script']}, {row['memory']}{' x 2' if row['layers'] == '2' else ''} | "
+                   f"{int(row['steps_per_second']):,} | {row['update_ms']} | {row['policy_us']} | {shares} |")
+    return "\n".join(out) + "\n"
+
+
 def grid_table(rows):
     """The README's table of a grid, from the rows of its table: a column each value of the last axis, the mean of the seeds."""
     *axes, last = [name for name in rows[0] if name not in ("seed", "last", "steps", "seconds")]
@@ -86,7 +97,8 @@ def layer_table(rows):
 
 def with_tables(readme, results):
     """The README with its tables made anew from the CSV files in `results`."""
-    for name, file, table in (("results", "table.csv", readme_table), ("popgym", "popgym-table.csv", grid_table), ("dqn", "dqn-table.csv", grid_table),
+    for name, file, table in (("results", "table.csv", readme_table), ("popgym", "popgym-table.csv", grid_table),
+                              ("dqn", "dqn-table.csv", grid_table), ("dqn-speed", "dqn-speed.csv", dqn_speed_table),
                               ("speed", "speed.csv", speed_table), ("layers", "layers.csv", layer_table)):
         begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
         with (results / file).open() as f:

@@ -4,6 +4,7 @@
     python benchmark/speed.py --tasks poc cartpole minigrid --repeats 3
     python benchmark/speed.py --tasks repeat --ours sbb:lstm tbb:lstm tbb:lru tbb:mingru
     python benchmark/speed.py --memories                                      one layer of every memory, forward + backward
+    python benchmark/speed.py --dqn tbb:lru tbb:ffm sbb:lru                   double DQN at memory-monoids' sizes
 
 Runs our PPO scripts and sb3-contrib's RecurrentPPO in turn, at equal work: the same vectorised task, network (one LSTM for
 policy and value, then one hidden layer each), rollout, epochs, minibatches, optimiser steps and torch threads. Prints steps
@@ -34,6 +35,9 @@ TASKS = {
     "repeat": ("popgym-RepeatPreviousEasy-v0", {}, 64, 128, 4, 64, 64, 0, 4),
 }
 TAPES = ((2_048, 1), (128, 16))  # T, B of --memories
+# memory-monoids' RepeatPrevious: episodes of 103 steps, width 256, 1,000 steps an update, an update each 103 steps
+DQN = {"env-id": "popgym-RepeatPreviousEasy-v0", "env-kwargs": '{"k": 10, "num_decks": 2}', "hidden-size": 256, "mlp-size": 256,
+       "num-envs": 64, "learning-starts": 10_000, "train-every": 1_024, "replay-ratio": 1 / 103, "total-timesteps": 20_480}
 
 
 @dataclass
@@ -45,6 +49,7 @@ class Args:
     threads: int = 1  # torch threads
     memories: bool = False  # time the layers of --layer-size instead
     layer_size: int = 128  # H of --memories
+    dqn: tuple[str, ...] = ()  # time double DQN instead: script:memory, its LRU and S5 with two layers
     separate_lstm: bool = False  # RecurrentPPO's default: a second LSTM for the critic
     out: str | None = None  # also append the table to this CSV file
     child: str | None = None  # internal: run RecurrentPPO on this task and print its speed
@@ -171,12 +176,46 @@ def time_layers(args):
     append(args.out, rows)
 
 
+def time_dqn(args):
+    """Double DQN end to end, once it learns: steps per second, one update, acting for one environment step; medians."""
+    runs = {name: [] for name in args.dqn}
+    for _ in range(args.repeats):
+        for name in args.dqn:
+            script, memory = name.split(":")
+            layers = 2 if memory in ("lru", "s5") else 1
+            with tempfile.TemporaryDirectory() as folder:
+                flags = DQN | {"memory": memory, "num-layers": layers, "num-threads": args.threads, "device": "cpu",
+                               "seq-len" if script == "sbb" else "tape-len": 50 if script == "sbb" else 1_000,
+                               "runs-dir": folder, "run-name": "speed"}
+                flags = [str(x) for k, v in flags.items() for x in (f"--{k}", v)]
+                subprocess.run([sys.executable, ROOT / f"dqn_recurrent_{script}.py", *flags], check=True, capture_output=True)
+                rows = list(csv.DictReader((Path(folder) / "speed" / "progress.csv").open()))
+            rows = [row for row in rows if int(row["global_step"]) > DQN["learning-starts"] + DQN["train-every"]]
+            spent = {k: sum(float(row[f"time/{k}"]) for row in rows) for k in ("policy", "env", "batch", "update", "log")}
+            steps, updates = (float(rows[-1][k]) - float(rows[0][k]) for k in ("global_step", "charts/gradient_steps"))
+            steps, updates = (x * len(rows) / (len(rows) - 1) for x in (steps, updates))   # the first row is counted too
+            runs[name].append({"steps_per_second": steps / sum(spent.values()), "update_ms": 1e3 * spent["update"] / updates,
+                               "policy_us": 1e6 * spent["policy"] / steps,
+                               **{f"share_{k}": v / sum(spent.values()) for k, v in spent.items()}})
+    rows = []
+    for name, found in runs.items():
+        script, memory = name.split(":")
+        median = {k: statistics.median(x[k] for x in found) for k in found[0]}
+        digits = {"steps_per_second": 0, "update_ms": 1, "policy_us": 1}
+        rows.append({"script": script, "memory": memory, "layers": 2 if memory in ("lru", "s5") else 1, "threads": args.threads,
+                     "n": args.repeats, **{k: f"{v:.{digits.get(k, 2)}f}" for k, v in median.items()}})
+        print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
+    append(args.out, rows)
+
+
 def main():
     args = tyro.cli(Args)
     if args.child:
         return run_sb3(args)
     if args.memories:
         return time_layers(args)
+    if args.dqn:
+        return time_dqn(args)
     rows = []
     for task in args.tasks:
         names = [tuple(name.split(":")) for name in args.ours]                  # (script, memory)

@@ -125,7 +125,8 @@ def test_target_histories_contain_the_first_observation(script, tmp_path):
 def test_the_online_network_chooses_with_the_same_history(script, tmp_path):
     """With the omission kept, the argmax too comes from histories without o_0, as the predecessor's."""
     seen, _ = probed(tmp_path, script, "                values = target(",
-                     f"(best, agent({OBS[script]}, {STATE[script]}, target_starts)[0].greedy())", omit_first_obs=True, seq_len=-1)
+                     f"(best, agent({OBS[script]}, {STATE[script]}, target_starts)[0].greedy())", omit_first_obs=True,
+                     seq_len=-1)
     assert seen and all(torch.equal(a, b) for a, b in seen)
 
 
@@ -133,9 +134,9 @@ def test_the_online_network_chooses_with_the_same_history(script, tmp_path):
 @pytest.mark.parametrize("burn_in", [0, 3])
 def test_stored_states_are_those_of_the_whole_episode(tmp_path, memory, burn_in):
     """With weights that do not move, Q from a stored state, burnt in or not, is Q from the beginning of the episode."""
-    seen, _ = probed(tmp_path, sbb, "            optimizer.zero_grad()\n", "(agent, q, real, seg_obs[0], replay)", memory=memory,
-                     num_layers=2, burn_in=burn_in, learning_rate=(0.0,), env_kwargs='{"max_steps": 40}', total_timesteps=640,
-                     buffer_size=4 * 300)
+    seen, _ = probed(tmp_path, sbb, "            optimizer.zero_grad()\n", "(agent, q, real, seg_obs[0], replay)",
+                     memory=memory, num_layers=2, burn_in=burn_in, learning_rate=(0.0,), env_kwargs='{"max_steps": 40}',
+                     total_timesteps=640, buffer_size=4 * 300)
     checked = 0
     for agent, q, real, obs, replay in seen[-3:]:
         whole = {}                                                                          # observation: its Q

@@ -9,7 +9,8 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 MAY_DIFFER = {
     "Args": "flags and defaults are the algorithm's own",
-    "Agent": "SBB pads, TBB does not",
+    "Agent": "PPO's has a policy and a value, DQN's has action values; PPO's SBB pads",
+    "Replay": "SBB indexes segments, TBB episodes",
     "check": "knows the script's own flags",
     "train": "the algorithm",
 }

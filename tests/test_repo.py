@@ -1,6 +1,6 @@
 """One truth: requirements, README, benchmark entries and known-bug notes agree with the code."""
 import csv
-import importlib.util
+import importlib
 import re
 import shlex
 import subprocess
@@ -11,15 +11,12 @@ from pathlib import Path
 import pytest
 import tyro
 
-import ppo_recurrent_sbb
-import ppo_recurrent_tbb
-
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmark"))
 import plot  # noqa: E402
 from run import entries  # noqa: E402
 
-SCRIPTS = {"ppo_recurrent_sbb.py": ppo_recurrent_sbb, "ppo_recurrent_tbb.py": ppo_recurrent_tbb}
+SCRIPTS = {path.name: importlib.import_module(path.stem) for path in sorted(ROOT.glob("*.py"))}
 README = (ROOT / "README.md").read_text()
 ENTRIES = entries()
 NOTE = re.compile(r"^ *# (KNOWN BUG|PITFALL|DEVIATION)\b((?:.*\n)(?: *#  .*\n)*)", re.MULTILINE)
@@ -65,7 +62,7 @@ def test_every_benchmark_entry_is_a_valid_command(name):
     ((script, argv),) = commands(ENTRIES[name]["command"])
     args = tyro.cli(SCRIPTS[script].Args, args=argv)
     SCRIPTS[script].check(args)
-    assert ENTRIES[name]["seeds"] and ENTRIES[name]["measure"] in ("return", "success")
+    assert ENTRIES[name]["seeds"] and ENTRIES[name]["measure"] in plot.MEASURES
 
 
 @pytest.mark.parametrize("source", ["README.md", *SCRIPTS])
@@ -90,8 +87,8 @@ def test_the_readmes_commands_run_one_after_the_other(tmp_path, monkeypatch):
             SCRIPTS[script].main([*argv, "--episodes", "1"])
             assert (tmp_path / args.model).with_suffix(".gif").exists()
         else:
-            rollouts = 3 if args.resume else 2
-            SCRIPTS[script].main([*argv, "--total-timesteps", str(rollouts * args.num_envs * args.num_steps)])
+            steps = args.num_envs * args.num_steps if "ppo" in script else args.train_every
+            SCRIPTS[script].main([*argv, "--total-timesteps", str((3 if args.resume else 2) * steps)])
         done.add("model" if args.model else "resume" if args.resume else args.env_id)
     assert {"model", "resume", "CartPoleMasked-v0", "popgym-RepeatPreviousEasy-v0"} <= done
 
