@@ -30,25 +30,33 @@ class MatrixMemory(nn.Module):
         return (self.out.weight.new_zeros(batch_size, self.heads, K, K + self.value_extra),)
 
     def forward(self, x, state, start):
-        (S,), ys = state, []
-        for x_c, start_c in zip(x.split(CHUNK), start.split(CHUNK)):
-            y, S = self.chunk(x_c, S, start_c)
-            ys.append(y)
+        (S,), ys, rest = state, [], len(x) % CHUNK
+        parts = [n for n in (len(x) - rest, rest) if n]                 # full chunks side by side, then what is left
+        for x_p, start_p in zip(x.split(parts), start.split(parts)):
+            T = min(len(x_p), CHUNK)
+            # In a chunk S_i = d_i S + sum over j <= i of D_ij k_j u_j^T, where u = U - W S (W: None if there is no recall).
+            q, k, U, W, D, d = self.chunks(x_p.unflatten(0, (-1, T)), start_p.unflatten(0, (-1, T)))   # [C, B, heads, T, *]
+            us, before = [], []
+            for k_c, d_c, U_c, W_c in zip((k * D[..., -1, :, None]).mT.unbind(), d[..., -1:, :].unbind(), U.unbind(),
+                                          [None] * len(U) if W is None else W.unbind()):
+                us.append(U_c if W_c is None else U_c - W_c @ S)
+                before.append(S)
+                S = k_c @ us[-1] + d_c * S                              # [B, heads, K, V]
+            y = ((q @ k.mT) * D) @ torch.stack(us) + d * (q @ torch.stack(before))                     # [C, B, heads, T, V]
+            ys.append(self.read(y).permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(2))                    # [C T, B, size]
         return self.out(torch.cat(ys)), (S,)
 
+    def read(self, y):
+        return y
+
     def project(self, x):
-        """x [T, B, size] -> queries, keys, values, each [B, heads, T, K]"""
-        return self.qkv(x).unflatten(-1, (3, self.heads, self.key_size)).permute(2, 1, 3, 0, 4)
+        """x [C, T, B, size] -> queries, keys, values, each [C, B, heads, T, K]"""
+        return self.qkv(x).unflatten(-1, (3, self.heads, self.key_size)).permute(3, 0, 2, 4, 1, 5)
 
     def seen(self, start):
-        """What a reset leaves: of step j at step i, [B, 1, T, T] bool, and of the carried state at step i, [B, 1, T, 1]."""
-        episode = start.T.cumsum(-1)[:, None]                           # [B, 1, T]
+        """What a reset leaves: of step j at step i, [C, B, 1, T, T] bool, of the carried state at step i, [C, B, 1, T, 1]."""
+        episode = start.transpose(1, 2).cumsum(-1)[:, :, None]          # [C, B, 1, T]
         return (episode[..., :, None] == episode[..., None, :]).tril(), (episode == 0)[..., None]
-
-    def read(self, q, k, u, D, d, S):
-        """Answers q_i S_i and the last state, where S_i = d_i S + sum over j <= i of D_ij k_j u_j^T."""
-        y = ((q @ k.mT) * D) @ u + d * (q @ S)                          # [B, heads, T, V]
-        return y, (k * D[..., -1, :, None]).mT @ u + d[..., -1:, :] * S
 
 
 class LinearAttention(MatrixMemory):
@@ -64,13 +72,12 @@ class LinearAttention(MatrixMemory):
     def __init__(self, size, key_size=16):
         super().__init__(size, key_size)
 
-    def chunk(self, x, S, start):
+    def chunks(self, x, start):
         q, k, v = self.project(x)
-        q, k, v = 1 + F.elu(q), 1 + F.elu(k), F.pad(v, (0, 1), value=1.0)
-        D, d = self.seen(start)
-        y, S = self.read(q, k, v, D, d, S)
-        y = y[..., :-1] / y[..., -1:]
-        return y.permute(2, 0, 1, 3).flatten(2), S
+        return 1 + F.elu(q), 1 + F.elu(k), F.pad(v, (0, 1), value=1.0), None, *self.seen(start)
+
+    def read(self, y):
+        return y[..., :-1] / y[..., -1:]
 
 
 class GatedDeltaNet(MatrixMemory):
@@ -79,7 +86,7 @@ class GatedDeltaNet(MatrixMemory):
     S_t = alpha_t (1 - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T      alpha = exp(-softplus(w_a x)), beta = sigmoid(w_b x)
     monoid (A, S), (A, S) . (A', S') = (A' A, A' S + S'), identity (1, 0)      lift (alpha (1 - beta k k^T), beta k v^T)
     readout y = W (q S); q = W_q x and k = W_k x of length 1, v = W_v x.
-    In a chunk, S_i is a sum of k_j u_j^T with u_i = beta_i (v_i - what k_i recalled just before), a triangular system for u.
+    In a chunk, u_i = beta_i (v_i - what k_i recalled just before): a triangular system.
     """
 
     def __init__(self, size, key_size=16):
@@ -87,18 +94,18 @@ class GatedDeltaNet(MatrixMemory):
         self.gates = nn.Linear(size, 2 * self.heads)
         self.gates.bias.data[: self.heads].uniform_(-7, -2)             # alpha: half of it is left after 5 to 760 steps
 
-    def chunk(self, x, S, start):
+    def chunks(self, x, start):
         q, k, v = self.project(x)
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-        log_alpha, beta = self.gates(x).unflatten(-1, (2, self.heads)).permute(2, 1, 3, 0)         # [B, heads, T] each
-        log_alpha, beta = -F.softplus(log_alpha)[..., None], beta.sigmoid()[..., None]      # [B, heads, T, 1] each
+        log_alpha, beta = self.gates(x).unflatten(-1, (2, self.heads)).permute(3, 0, 2, 4, 1)      # [C, B, heads, T]
+        log_alpha, beta = -F.softplus(log_alpha)[..., None], beta.sigmoid()[..., None]      # [C, B, heads, T, 1] each
         seen, carried = self.seen(start)
         # D_ij = alpha_{j+1} ... alpha_i as a sum of just these logs: total_i - total_j leaks gradients of 1e-18
-        between = log_alpha.expand(-1, -1, -1, len(x)).tril(-1).cumsum(-2)                         # [B, heads, T, T]
+        between = log_alpha.expand(-1, -1, -1, -1, x.shape[1]).tril(-1).cumsum(-2)                 # [C, B, heads, T, T]
         D = between.masked_fill(~seen, -torch.inf).exp()
-        d = log_alpha.cumsum(-2).masked_fill(~carried, -torch.inf).exp()                           # [B, heads, T, 1]
+        d = log_alpha.cumsum(-2).masked_fill(~carried, -torch.inf).exp()                           # [C, B, heads, T, 1]
         # u_i + beta_i sum over j < i of D_ij (k_i k_j) u_j = beta_i (v_i - d_i k_i S); the solver takes the diagonal as 1
         recalled = beta * (k @ k.mT) * D
-        u = torch.linalg.solve_triangular(recalled, beta * (v - d * (k @ S)), upper=False, unitriangular=True)
-        y, S = self.read(q, k, u, D, d, S)
-        return y.permute(2, 0, 1, 3).flatten(2), S
+        U, W = torch.linalg.solve_triangular(recalled, beta * torch.cat([v, d * k], dim=-1), upper=False,
+                                             unitriangular=True).chunk(2, dim=-1)
+        return q, k, U, W, D, d
