@@ -98,7 +98,8 @@ def layer_table(rows):
 def with_tables(readme, results):
     """The README with its tables made anew from the CSV files in `results`."""
     for name, file, table in (("results", "table.csv", readme_table), ("popgym", "popgym-table.csv", grid_table),
-                              ("dqn", "dqn-table.csv", grid_table), ("dqn-speed", "dqn-speed.csv", dqn_speed_table),
+                              ("dqn", "dqn-table.csv", grid_table), ("dqn-variants", "dqn-variants-table.csv", grid_table),
+                              ("dqn-speed", "dqn-speed.csv", dqn_speed_table),
                               ("speed", "speed.csv", speed_table), ("layers", "layers.csv", layer_table)):
         begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
         with (results / file).open() as f:
