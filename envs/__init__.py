@@ -17,6 +17,11 @@ for env_id, module, name in [
     ("PocMemory-v0", "poc_memory", "PocMemory"),
     ("CartPoleMasked-v0", "cartpole_masked", "CartPoleMasked"),
     ("MinigridMemory-v0", "minigrid_memory", "MinigridMemory"),
+    ("TMazePassive-v0", "tmaze", "TMazePassive"),
+    ("TMazeActive-v0", "tmaze", "TMazeActive"),
+    ("VisualMatchPassive-v0", "three_phases", "VisualMatchPassive"),
+    ("VisualMatch-v0", "three_phases", "VisualMatch"),
+    ("KeyToDoor-v0", "three_phases", "KeyToDoor"),
 ]:
     gym.register(env_id, f"envs.{module}:{name}", vector_entry_point=f"envs.{module}:{name}Batch")
 

@@ -18,7 +18,10 @@ from envs.wrappers import PreviousActionReward, ResetOptions
 
 OURS = [("PocMemory-v0", {}), ("PocMemory-v0", {"freeze": False, "max_steps": 9}), ("CartPoleMasked-v0", {}),
         ("MinigridMemory-v0", {}), ("MinigridMemory-v0", {"rgb": False}),
-        ("MinigridMemory-v0", {"rgb": False, "size": 13, "random_length": True})]
+        ("MinigridMemory-v0", {"rgb": False, "size": 13, "random_length": True}), ("TMazePassive-v0", {}),
+        ("TMazeActive-v0", {"length": 5, "penalty": "wrong_action", "ambiguous_position": False, "add_timestep": True}),
+        ("VisualMatchPassive-v0", {"distractor_length": 9}), ("KeyToDoor-v0", {"distractor_length": 30}),
+        ("VisualMatch-v0", {"colours_fixed": True, "distractor_length": 30})]
 ours = pytest.mark.parametrize("env_id, kwargs", OURS)
 
 
@@ -208,18 +211,17 @@ def test_minigrid_memory_draws_what_the_engine_draws():
     assert (where[:, 2:] == [4, 0]).all()                   # in the middle row, looking right
 
 
-@pytest.mark.parametrize("env_id", ["PocMemory-v0", "CartPoleMasked-v0", "MinigridMemory-v0"])
+@pytest.mark.parametrize("env_id", sorted({env_id for env_id, _ in OURS} - {"VisualMatchPassive-v0"}))
 def test_rendering(env_id):
-    env = gym.make(env_id, render_mode="ansi")
-    env.reset(seed=0)
-    first = env.render()
-    env.step(0), env.step(0), env.step(0)
-    assert isinstance(first, str) and first != env.render()
-    env = gym.make(env_id, render_mode="rgb_array")
-    env.reset(seed=0)
-    first = env.render()
-    env.step(0), env.step(0), env.step(0)
-    assert first.dtype == np.uint8 and first.ndim == 3 and first.shape[2] == 3 and (first != env.render()).any()
+    for mode, kind in (("ansi", str), ("rgb_array", np.ndarray)):
+        env = gym.make(env_id, render_mode=mode)
+        env.reset(seed=0)
+        frames = [env.render()]
+        for t in range(6):
+            env.step(t % env.action_space.n)
+            frames.append(env.render())
+        assert all(isinstance(frame, kind) for frame in frames) and any(np.any(frame != frames[0]) for frame in frames)
+    assert frames[0].dtype == np.uint8 and frames[0].ndim == 3 and frames[0].shape[2] == 3
 
 
 @ours
