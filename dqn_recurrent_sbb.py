@@ -212,9 +212,8 @@ class Replay:
         self.first = self.head.copy()
 
     def state_dict(self):
-        index = torch.tensor(self.index or np.zeros((0, 4)), dtype=torch.long)
-        return dict(zip(("data", "head", "first", "index"), (tuple(map(torch.from_numpy, self.data)),
-                                                             torch.from_numpy(self.head), torch.from_numpy(self.first), index)))
+        return {"data": tuple(map(torch.from_numpy, self.data)), "head": torch.from_numpy(self.head),
+                "first": torch.from_numpy(self.first), "index": torch.tensor(self.index, dtype=torch.long)}
 
     def load_state_dict(self, saved):
         for x, value in zip(self.data, saved["data"], strict=True):
@@ -228,8 +227,8 @@ def td_targets(rewards, terminated, real, values, gamma, n_step):
 
     values[t] = V(o_t). real[t]: there is a step t, so that t + 1 is in the same piece. Elsewhere y_t = V(o_t).
     """
-    # KNOWN BUG (CleanRL dqn.py until 2023 and many copies): a time limit treated as death. Symptom: values too low near the
-    #   limit. Here: only termination cuts the bootstrap. Test: test_dqn.py::test_td_targets_equal_their_definition.
+    # PITFALL: a time limit treated as death. Symptom: values too low near the limit. Here: only termination cuts the bootstrap.
+    #   Test: test_dqn.py::test_td_targets_equal_their_definition.
     y = values
     for _ in range(n_step):
         y = torch.where(real, rewards + gamma * ~terminated * y.roll(-1, 0), values)
