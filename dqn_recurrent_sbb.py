@@ -510,7 +510,7 @@ def train(args, checkpoint=None):
         # -------------------------------------------------------------- rollout: T steps in N environments
         for t in range(T):
             obs, start, stored = next_obs, next_start, () if args.burn_in is None else tuple(s.cpu() for s in state)
-            with torch.no_grad():                           # acting is a sequence of length 1, also when the action is random
+            with torch.inference_mode():                    # acting is a sequence of length 1, also when the action is random
                 q, state = agent(add_time(o.to(device) for o in obs), state, start[None].to(device))
                 action = q.epsilon_greedy(epsilon)[0]       # [N, K]
             lap("policy")

@@ -490,7 +490,7 @@ def train(args, checkpoint=None):
         # -------------------------------------------------------------- rollout: T steps in N environments
         for t in range(T):
             obs, start = next_obs, next_start
-            with torch.no_grad():                           # acting is a sequence of length 1, also when the action is random
+            with torch.inference_mode():                    # acting is a sequence of length 1, also when the action is random
                 q, state = agent(add_time(o.to(device) for o in obs), state, start[None].to(device))
                 action = q.epsilon_greedy(epsilon)[0]       # [N, K]
             lap("policy")

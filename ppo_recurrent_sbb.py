@@ -466,7 +466,7 @@ def train(args, checkpoint=None):
             #   the first gradient step, learning a little worse. Here: saved before both; `start` repeats the reset in
             #   training. Test: test_ppo.py::test_classic_bug_state_saved_too_late.
             states.append(state)
-            with torch.no_grad():                           # acting is a sequence of length 1
+            with torch.inference_mode():                    # acting is a sequence of length 1
                 dist, value, state = agent(add_time(next_obs), state, memory_starts[t : t + 1])
                 action = dist.sample()                      # [1, N, ...]
                 logprobs[t], actions[t], values[t] = dist.log_prob(action)[0], action[0], value[0]
