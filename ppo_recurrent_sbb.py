@@ -62,6 +62,7 @@ class Args:
     memory: Literal[tuple(MEMORIES)] = "gru"  # the memory model
     hidden_size: int = 32  # H, of the memory
     num_layers: int = 1  # of the memory
+    memory_kwargs: str = "{}"  # JSON, passed to the memory's layers, as '{"state_size": 32}' for the lru
     encoder_size: int = 0  # linear layer with ReLU between observation features and memory; 0: none
     mlp_size: int = 64  # hidden layer of policy and of value
     prev_action: bool = False  # feed the previous action to the memory
@@ -128,7 +129,8 @@ class Agent(nn.Module):
     def __init__(self, observation_space, action_space, args):
         super().__init__()
         self.encoder = Encoder(observation_space, args.encoder_size, args.norm_obs)
-        self.memory = MEMORIES[args.memory](self.encoder.out_size, args.hidden_size, args.num_layers)
+        self.memory = MEMORIES[args.memory](self.encoder.out_size, args.hidden_size, args.num_layers,
+                                            **json.loads(args.memory_kwargs))
         # DEVIATION (recurrent-ppo model.py): no shared layer between memory and the two hidden layers, policy gain 0.01 as
         #   CleanRL. The hidden layers are one matrix; its gain 2 is sqrt(2) for each half.
         #   Test: test_models.py::test_initial_policy_is_uniform.
@@ -286,7 +288,7 @@ def check(args):
         if not (1 <= len(getattr(args, name)) <= 4 and 0 <= v0 < 1e9 and 0 <= v1 < 1e9 and 0 < power < 1e9 and decay_steps > 0):
             fail(f"{flag(name)} must be one to four numbers, initial, final, power and decay steps: the first two not "
                  "negative, the others positive")
-    for name in ("env_kwargs", "reset_options"):
+    for name in ("env_kwargs", "reset_options", "memory_kwargs"):
         try:
             dict(**json.loads(getattr(args, name)))
         except (json.JSONDecodeError, TypeError):
@@ -342,6 +344,8 @@ def make_agent(args, envs, weights=None):
         agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(pick_device(args))
     except ValueError as e:
         fail(f"--env-id {args.env_id}: {e}")
+    except (TypeError, RuntimeError) as e:
+        fail(f"--memory {args.memory} does not work with --memory-kwargs {args.memory_kwargs}: {str(e).splitlines()[0]}")
     try:
         agent.load_state_dict(weights or agent.state_dict())
     except RuntimeError:

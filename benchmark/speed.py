@@ -38,6 +38,8 @@ TAPES = ((2_048, 1), (128, 16))  # T, B of --memories
 # memory-monoids' RepeatPrevious: episodes of 103 steps, width 256, 1,000 steps an update, an update each 103 steps
 DQN = {"env-id": "popgym-RepeatPreviousEasy-v0", "env-kwargs": '{"k": 10, "num_decks": 2}', "hidden-size": 256, "mlp-size": 256,
        "num-envs": 64, "learning-starts": 10_000, "train-every": 1_024, "replay-ratio": 1 / 103, "total-timesteps": 20_480}
+DQN_MEMORIES = {"lru": (2, {"state_size": 128}), "s5": (2, {}), "ffm": (1, {"contexts": 16}),  # layers, memory-kwargs
+                "linear-attention": (1, {"heads": 1})}
 
 
 @dataclass
@@ -49,7 +51,7 @@ class Args:
     threads: int = 1  # torch threads
     memories: bool = False  # time the layers of --layer-size instead
     layer_size: int = 128  # H of --memories
-    dqn: tuple[str, ...] = ()  # time double DQN instead: script:memory, its LRU and S5 with two layers
+    dqn: tuple[str, ...] = ()  # time double DQN instead: script:memory, of lru, s5, ffm and linear-attention
     separate_lstm: bool = False  # RecurrentPPO's default: a second LSTM for the critic
     out: str | None = None  # also append the table to this CSV file
     child: str | None = None  # internal: run RecurrentPPO on this task and print its speed
@@ -182,9 +184,10 @@ def time_dqn(args):
     for _ in range(args.repeats):
         for name in args.dqn:
             script, memory = name.split(":")
-            layers = 2 if memory in ("lru", "s5") else 1
+            layers, memory_kwargs = DQN_MEMORIES[memory]
             with tempfile.TemporaryDirectory() as folder:
-                flags = DQN | {"memory": memory, "num-layers": layers, "num-threads": args.threads, "device": "cpu",
+                flags = DQN | {"memory": memory, "num-layers": layers, "memory-kwargs": json.dumps(memory_kwargs),
+                               "num-threads": args.threads, "device": "cpu",
                                "seq-len" if script == "sbb" else "tape-len": 50 if script == "sbb" else 1_000,
                                "runs-dir": folder, "run-name": "speed"}
                 flags = [str(x) for k, v in flags.items() for x in (f"--{k}", v)]
@@ -202,7 +205,7 @@ def time_dqn(args):
         script, memory = name.split(":")
         median = {k: statistics.median(x[k] for x in found) for k in found[0]}
         digits = {"steps_per_second": 0, "update_ms": 1, "policy_us": 1}
-        rows.append({"script": script, "memory": memory, "layers": 2 if memory in ("lru", "s5") else 1, "threads": args.threads,
+        rows.append({"script": script, "memory": memory, "layers": DQN_MEMORIES[memory][0], "threads": args.threads,
                      "n": args.repeats, **{k: f"{v:.{digits.get(k, 2)}f}" for k, v in median.items()}})
         print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
     append(args.out, rows)

@@ -87,19 +87,21 @@ class LRU(LinearRecurrence):
     h_t = lambda h_{t-1} + gamma B x_t      lambda = exp(-exp(nu) + i exp(theta)), gamma = sqrt(1 - |lambda|^2) when new
     lift a = lambda, b = gamma B x      readout y = Re(C h) + D x
     |lambda|^2 is uniform over the ring [0.9, 1], the phase over [0, 2 pi], so that channels remember for 10 steps and more.
+    state_size: channels of h, by default as many as of x.
     """
 
-    def __init__(self, size, r_min=0.9, r_max=0.999):
-        super().__init__(size, (size,), torch.complex64)
-        modulus2 = torch.empty(size).uniform_(r_min**2, r_max**2)
+    def __init__(self, size, state_size=None, r_min=0.9, r_max=0.999):
+        N = state_size or size
+        super().__init__(size, (N,), torch.complex64)
+        modulus2 = torch.empty(N).uniform_(r_min**2, r_max**2)
         self.nu = nn.Parameter((-0.5 * modulus2.log()).log())
-        self.theta = nn.Parameter(torch.empty(size).uniform_(0, 2 * math.pi).log())
+        self.theta = nn.Parameter(torch.empty(N).uniform_(0, 2 * math.pi).log())
         self.gamma_log = nn.Parameter(0.5 * (1 - modulus2).log())
-        self.B = nn.Linear(size, 2 * size, bias=False)                  # (real, imaginary) of each channel
-        self.C = nn.Linear(2 * size, size, bias=False)                  # (real, -imaginary)
+        self.B = nn.Linear(size, 2 * N, bias=False)                     # (real, imaginary) of each channel
+        self.C = nn.Linear(2 * N, size, bias=False)                     # (real, -imaginary)
         self.D = nn.Parameter(torch.randn(size))
         nn.init.normal_(self.B.weight, std=(2 * size) ** -0.5)
-        nn.init.normal_(self.C.weight, std=size**-0.5)
+        nn.init.normal_(self.C.weight, std=N**-0.5)
 
     def lift(self, x):
         a = torch.exp(torch.complex(-self.nu.exp(), self.theta.exp()))

@@ -12,18 +12,21 @@ CHUNK = 32  # steps of one square
 
 
 class MatrixMemory(nn.Module):
-    """What they share: heads, chunks, the square of decays, and reading.   state: S [B, heads, K, V]"""
+    """What they share: heads, chunks, the square of decays, and reading.   state: S [B, heads, K, V]
+
+    key_size: K, lowered to a divisor of size; heads: by default as many as fill size.
+    """
 
     value_extra = 0
 
-    def __init__(self, size, key_size):
+    def __init__(self, size, key_size, heads):
         super().__init__()
         key_size = min(key_size, size)
         while size % key_size:
             key_size -= 1
-        self.hidden_size, self.key_size, self.heads = size, key_size, size // key_size
-        self.qkv = nn.Linear(size, 3 * size)
-        self.out = nn.Linear(size, size)
+        self.hidden_size, self.key_size, self.heads = size, key_size, heads or size // key_size
+        self.qkv = nn.Linear(size, 3 * self.heads * key_size)
+        self.out = nn.Linear(self.heads * key_size, size)
 
     def initial_state(self, batch_size):
         K = self.key_size
@@ -43,7 +46,7 @@ class MatrixMemory(nn.Module):
                 before.append(S)
                 S = k_c @ us[-1] + d_c * S                              # [B, heads, K, V]
             y = ((q @ k.mT) * D) @ torch.stack(us) + d * (q @ torch.stack(before))                     # [C, B, heads, T, V]
-            ys.append(self.read(y).permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(2))                    # [C T, B, size]
+            ys.append(self.read(y).permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(2))                    # [C T, B, heads K]
         return self.out(torch.cat(ys)), (S,)
 
     def read(self, y):
@@ -69,8 +72,8 @@ class LinearAttention(MatrixMemory):
 
     value_extra = 1
 
-    def __init__(self, size, key_size=16):
-        super().__init__(size, key_size)
+    def __init__(self, size, key_size=16, heads=None):
+        super().__init__(size, key_size, heads)
 
     def chunks(self, x, start):
         q, k, v = self.project(x)
@@ -89,8 +92,8 @@ class GatedDeltaNet(MatrixMemory):
     In a chunk, u_i = beta_i (v_i - what k_i recalled just before): a triangular system.
     """
 
-    def __init__(self, size, key_size=16):
-        super().__init__(size, key_size)
+    def __init__(self, size, key_size=16, heads=None):
+        super().__init__(size, key_size, heads)
         self.gates = nn.Linear(size, 2 * self.heads)
         self.gates.bias.data[: self.heads].uniform_(-7, -2)             # alpha: half of it is left after 5 to 760 steps
 

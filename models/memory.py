@@ -2,7 +2,7 @@
 
 One interface for acting (T = 1) and for training (T > 1), so what is trained is what acts:
 
-    memory   = MEMORIES[name](input_size, hidden_size, num_layers)
+    memory   = MEMORIES[name](input_size, hidden_size, num_layers, **kwargs)      kwargs: of the layers, e.g. state_size
     state    = memory.initial_state(B)             flat tuple of tensors, every one [B, ...]; () if there is none
     y, state = memory(x, state, start)             x [T, B, F]   start [T, B] bool   y [T, B, hidden_size]
 
@@ -124,12 +124,12 @@ class Stack(nn.Module):
     cannot learn popgym-RepeatFirst; a GRU sees its state of zeros.) State: 1 - new, then the states of all layers.
     """
 
-    def __init__(self, layer, input_size, hidden_size, num_layers=1):
+    def __init__(self, layer, input_size, hidden_size, num_layers=1, **kwargs):
         super().__init__()
         self.hidden_size = hidden_size
         self.embed = nn.Linear(input_size + 1, hidden_size)
         self.norms = nn.ModuleList(nn.LayerNorm(hidden_size) for _ in range(num_layers))
-        self.layers = nn.ModuleList(layer(hidden_size) for _ in range(num_layers))
+        self.layers = nn.ModuleList(layer(hidden_size, **kwargs) for _ in range(num_layers))
         self.mixers = nn.ModuleList(nn.Linear(hidden_size, 2 * hidden_size) for _ in range(num_layers))
 
     def initial_state(self, batch_size):

@@ -186,3 +186,19 @@ def test_the_stack_tells_its_layers_where_an_episode_starts():
     _, state = stack(torch.zeros(6, 1, 2), stack.initial_state(1), start)
     stack(torch.zeros(1, 1, 2), state, start[:1])                               # goes on where the call before stopped
     assert torch.cat(seen).tolist() == [1, 0.5, 0.25, 1, 0.5, 0.25, 0.125]
+
+
+@pytest.mark.parametrize("name, kwargs, shapes", [("lru", {"state_size": 5}, [(4, 1), (4, 5)]),
+                                                  ("ffm", {"contexts": 2}, [(4, 1), (4, 4, 2)]),
+                                                  ("s6", {"state_size": 3}, [(4, 1), (4, 8, 3)]),
+                                                  ("linear-attention", {"heads": 1, "key_size": 3}, [(4, 1), (4, 1, 2, 3)]),
+                                                  ("deltanet", {"heads": 3, "key_size": 4}, [(4, 1), (4, 3, 4, 4)])])
+def test_layers_take_arguments_of_their_own(name, kwargs, shapes):
+    """--memory-kwargs: other sizes of the state, the same law."""
+    memory, x, start = MEMORIES[name](3, 8, 1, **kwargs), torch.randn(40, 4, 3), torch.rand(40, 4) < 0.1
+    state = memory.initial_state(4)
+    assert [tuple(s.shape) for s in state] == shapes
+    y, _ = memory(x, state, start)
+    for t in range(40):
+        y_t, state = memory(x[t : t + 1], state, start[t : t + 1])
+        torch.testing.assert_close(y_t, y[t : t + 1], rtol=1e-4, atol=1e-5)
