@@ -18,6 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from models.attention import GPT
 from models.linear import FFM, LRU, S5, S6, SPAN, MinGRU, MinLSTM
 from models.matrix import GatedDeltaNet, LinearAttention
 from models.scan import linear_scan
@@ -148,4 +149,5 @@ class Stack(nn.Module):
 
 MONOIDS = {"mingru": MinGRU, "minlstm": MinLSTM, "lru": LRU, "s5": S5, "s6": S6, "ffm": FFM,
            "linear-attention": LinearAttention, "deltanet": GatedDeltaNet}
-MEMORIES = {"gru": GRU, "lstm": LSTM, "none": NoMemory} | {k: functools.partial(Stack, v) for k, v in MONOIDS.items()}
+MEMORIES = {"gru": GRU, "lstm": LSTM, "gpt": GPT, "none": NoMemory}
+MEMORIES |= {name: functools.partial(Stack, layer) for name, layer in MONOIDS.items()}
