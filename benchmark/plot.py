@@ -81,8 +81,10 @@ def grid_table(rows):
     for cell in dict.fromkeys(tuple(row[axis] for axis in axes) for row in rows):
         values = {column: [float(row["last"]) for row in rows if (*(row[axis] for axis in axes), row[last]) == (*cell, column)]
                   for column in columns}
+        most = max(map(len, values.values()))
         out.append(f"| {' | '.join(cell)} | " + " | ".join(
-            f"{statistics.mean(v):.2f} ± {(max(v) - min(v)) / 2:.2f}" for v in values.values()) + " |")
+            f"{statistics.mean(v):.2f} ± {(max(v) - min(v)) / 2:.2f}" + f" (n = {len(v)})" * (len(v) < most)
+            if v else "-" for v in values.values()) + " |")
     return "\n".join(out) + "\n"
 
 
