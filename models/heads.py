@@ -15,6 +15,10 @@ class Categorical:
     def __init__(self, logits):                             # [..., A]
         self.logp = logits.log_softmax(-1)
 
+    @property
+    def branches(self):
+        return [self]
+
     def sample(self):
         # The exponential race: argmin E_a / p_a with E_a ~ Exp(1) picks a with probability p_a. multinomial() costs twice that.
         return (self.logp.exp() / torch.empty_like(self.logp).exponential_()).argmax(-1)

@@ -1,0 +1,680 @@
+"""Recurrent SAC-Discrete with segment-based batching (SBB): a softmax policy and two critics on whole episodes or segments.
+
+    python sac_discrete_sbb.py                                            trains TMazePassive-v0, on whole episodes
+    python sac_discrete_sbb.py --shared-encoder                           one encoder and memory for policy and critics
+    python sac_discrete_sbb.py --seq-len 20 --burn-in 10                  on segments, from stored states
+    python sac_discrete_sbb.py --model runs/.../model.safetensors         watches the trained agent
+    tensorboard --logdir runs                                             draws the curves
+
+SAC: Haarnoja et al. 2018 (https://arxiv.org/abs/1812.05905). With discrete actions expectations over the policy are sums:
+Christodoulou 2019 (https://arxiv.org/abs/1910.07207). With memory: Ni et al. 2023 (https://arxiv.org/abs/2307.03864). The data
+are those of dqn_recurrent_sbb.py: episodes cut in segments of at most L steps, padded to one length, masked; diff the two.
+
+Symbols: N environments, T steps they make between two visits to the replay, C positions of an environment's ring, S segments
+of an update, L steps of the longest, W burn-in steps, H hidden size, K branches of an action (1 if Discrete). Sequences are
+time-major: [L + 1, S, ...].
+"""
+import collections
+import copy
+import dataclasses
+import functools
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import gymnasium as gym
+import imageio
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from envs.wrappers import PreviousActionReward, ResetOptions  # importing envs registers its tasks
+from models import MEMORIES, Encoder, PolicyHead, QHead, init, to_tensors
+
+SCRIPT = Path(__file__).stem
+TAGS = ("charts/episodic_return charts/episodic_length charts/success charts/SPS charts/learning_rate charts/gradient_steps "
+        "charts/transitions eval/episodic_return eval/return_std eval/success losses/qf_loss losses/qf_values "
+        "losses/actor_loss losses/entropy losses/alpha losses/grad_norm time/policy time/env time/batch time/update "
+        "time/log").split()
+
+
+@dataclass
+class Args:
+    env_id: str = "TMazePassive-v0"  # any Gymnasium id; popgym-*, Memory Gym's and our own are registered
+    env_kwargs: str = "{}"  # JSON, passed to the task's constructor
+    reset_options: str = "{}"  # JSON, passed to every reset(options=...)
+    seed: int = 1  # of environments, network and sampling
+    device: str = "auto"  # auto (cuda if there is one), cpu, cuda, cuda:1
+    num_threads: int = 1  # torch threads; more than one pays for images
+    num_envs: int = 16  # N
+    total_timesteps: int = 50_000  # environment steps
+
+    memory: Literal[tuple(MEMORIES)] = "lru"  # the memory model
+    hidden_size: int = 64  # H, of the memory
+    num_layers: int = 1  # of the memory
+    memory_kwargs: str = "{}"  # JSON, passed to the memory's layers, as '{"state_size": 32}' for the lru
+    encoder_size: int = 0  # linear layer with ReLU between observation features and memory; 0: none
+    mlp_size: int = 64  # hidden layer of the policy and of each critic
+    shared_encoder: bool = False  # one encoder and memory for policy and critics; otherwise two
+    prev_action: bool = False  # feed the previous action to the memory
+    prev_reward: bool = False  # feed the previous reward to the memory
+
+    buffer_size: int = 200_000  # positions in the replay; an episode of n steps takes n + 1
+    learning_starts: int = 5_000  # environment steps with random actions, before any learning
+    train_every: int = 64  # environment steps between two visits to the replay
+    replay_ratio: float = 0.015  # gradient steps per environment step
+    batch_size: int = 1_000  # steps of an update: segments are drawn until there are as many
+    seq_len: int = -1  # L, steps of a segment at most; -1: whole episodes
+    burn_in: int | None = None  # start from stored states, so many steps before the segment; none: zeros, at its first step
+
+    freeze_critic: bool = True  # with a shared encoder: the policy's loss cannot reach what computes the action values
+    alpha: float = 0.1  # temperature, the price of a nat of entropy; at first, if it is tuned
+    target_entropy: float | None = None  # tune alpha to this entropy, as a share of the largest possible; none: alpha is fixed
+    learning_rate: tuple[float, ...] = (1e-3,)  # schedule: initial [final [power [decay-steps]]]
+    gamma: float = 0.99  # discount
+    tau: float = 0.005  # share of the online network that goes into the target network; 1: periodic copies
+    target_network_frequency: int = 1  # gradient steps between two updates of the target network
+    max_grad_norm: float = 1.0  # gradient clipping
+
+    log_every: int = 1_000  # environment steps between rows of progress.csv
+    eval_every: int = 0  # environment steps between evaluations with the greedy policy; 0: none
+    eval_episodes: int = 100  # episodes per evaluation
+    checkpoint_every: int = 100_000  # environment steps between checkpoints, which hold the replay
+    runs_dir: str = "runs"  # where run folders go
+    run_name: str | None = None  # folder name; default <env-id>__<script>__<seed>__<time>
+    resume: str | None = None  # continue the run in this folder
+    model: str | None = None  # do not train: play this model.safetensors
+    episodes: int = 10  # episodes to play with --model
+    render_mode: Literal["auto", "human", "ansi", "rgb_array", "none"] = "auto"  # with --model; rgb_array writes a GIF
+
+
+def make_envs(args, num_envs, play=False, render_mode=None):
+    """Environments for training, which reset in the step that ends an episode, or to play in, which wait for reset()."""
+    kwargs, options = json.loads(args.env_kwargs), json.loads(args.reset_options)
+    # PITFALL: Gymnasium >= 1.0 resets on the *next* step by default, which puts a phantom transition (action ignored,
+    #   reward 0) between episodes. Symptom: episodes one step too long. Test: test_envs.py::test_no_phantom_transition.
+    # KNOWN BUG (recurrent-ppo worker.py): all workers inherit one random generator. Symptom: 16 workers begin with the same
+    #   episode. Here: reset(seed) seeds every environment apart. Test: test_envs.py::test_environments_differ.
+    autoreset = gym.vector.AutoresetMode.DISABLED if play else gym.vector.AutoresetMode.SAME_STEP
+    try:
+        spec = gym.make(args.env_id, **kwargs).spec
+        wrappers = [functools.partial(ResetOptions, options=options)] if options else []
+        if spec.vector_entry_point and not (play or options):
+            envs = gym.make_vec(args.env_id, num_envs, **kwargs)             # written for the batch: many times faster
+        if not spec.vector_entry_point or play or options or envs.metadata["autoreset_mode"] != autoreset:
+            kwargs |= {"render_mode": render_mode} if render_mode else {}
+            envs = gym.make_vec(args.env_id, num_envs, "sync", {"autoreset_mode": autoreset}, wrappers, **kwargs)
+        if args.prev_action or args.prev_reward:
+            envs = PreviousActionReward(envs, args.prev_action, args.prev_reward)
+        envs.reset(seed=args.seed)
+        envs.step(envs.action_space.sample())               # what is wrong with the flags shows here, before a run exists
+    except Exception as e:                                  # whatever somebody's environment raises
+        fail(f"--env-id {args.env_id} does not work with --env-kwargs {args.env_kwargs} and --reset-options "
+             f"{args.reset_options}: {' '.join(str(e).split()) or type(e).__name__}")
+    return envs
+
+
+class Trunks(nn.ModuleList):
+    """Encoder -> memory, once for the policy and once for the critics, or, with --shared-encoder, once for both.
+
+    To its callers one memory, whose x are the leaves of observations, [T, B, ...] each, and whose state is all its states.
+    """
+
+    def __init__(self, observation_space, args):
+        super().__init__()
+        for _ in range(1 if args.shared_encoder else 2):
+            encoder = Encoder(observation_space, args.encoder_size)
+            memory = MEMORIES[args.memory](encoder.out_size, args.hidden_size, args.num_layers,
+                                           **json.loads(args.memory_kwargs))
+            self.append(nn.ModuleDict({"encoder": encoder, "memory": memory}))
+
+    def initial_state(self, batch_size):
+        return sum((trunk["memory"].initial_state(batch_size) for trunk in self), ())
+
+    def forward(self, obs, state, start):
+        """Returns the features [T, B, H] of the policy, those of the critics, and the state."""
+        n, ys, after = len(state) // len(self), [], ()
+        for i, trunk in enumerate(self):
+            y, trunk_state = trunk["memory"](trunk["encoder"](obs), state[i * n : (i + 1) * n], start)
+            ys, after = [*ys, y], after + trunk_state
+        return ys[0], ys[-1], after
+
+
+class Agent(nn.Module):
+    """Trunks -> a policy and two critics.   obs: flat tuple of leaves, each [T, B, ...]; start [T, B] bool."""
+
+    def __init__(self, observation_space, action_space, args):
+        super().__init__()
+        def mlp(head):
+            return nn.Sequential(init(nn.Linear(args.hidden_size, args.mlp_size), 2**0.5), nn.ReLU(),
+                                 head(args.mlp_size, action_space))
+        self.memory = Trunks(observation_space, args)
+        self.q1, self.q2, self.policy = mlp(QHead), mlp(QHead), mlp(PolicyHead)
+        self.log_alpha = nn.Parameter(torch.tensor(args.alpha).log())
+
+    def forward(self, obs, state, start):
+        """Returns the policy, the ActionValues of both critics, all [T, B], and the state after them."""
+        y_policy, y_critics, state = self.memory(obs, state, start)
+        return self.policy(y_policy), self.q1(y_critics), self.q2(y_critics), state
+
+    def act(self, obs, state, start):
+        """The most probable actions, as the environment takes them, and the state after them.   obs: leaves of [B, ...]"""
+        policy, *_, state = self(add_time(obs), state, start[None])
+        return self.policy[-1].to_env(policy.mode()[0]), state
+
+
+class Replay:
+    """The newest steps of N environments, a ring of C positions each, and an index of the segments that lie there whole.
+
+    An episode of n steps takes n + 1 positions, o_0 ... o_n. What belongs to step t lies beside o_t; beside o_n lies nothing.
+    The episode that still runs is not in the index; a segment whose first position is overwritten leaves it.
+    """
+
+    def __init__(self, size, step, seq_len, burn_in):
+        """step: arrays of [N, ...], an example: leaves of observations, start, action, reward, terminated, leaves of states."""
+        self.N, self.C, self.L, self.W = len(step[0]), size // len(step[0]), seq_len, burn_in
+        self.nbytes = self.N * self.C * sum(x[0].nbytes for x in step)
+        if self.nbytes > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+            raise MemoryError
+        # zeros() of the system: pages take memory when they are first written
+        self.data = tuple(np.zeros((self.N, self.C, *x.shape[1:]), x.dtype) for x in step)
+        self.head = np.zeros(self.N, np.int64)              # [N] positions written so far; the next one is head % C
+        self.first = np.zeros(self.N, np.int64)             # [N] where the running episode began
+        self.index = collections.deque()                    # (environment, where burn-in begins, first, last), oldest first
+
+    def add(self, step, ended, last_obs):
+        """One step of every environment.   step: as in __init__; ended [E]: whose episodes ended; last_obs: their o_n"""
+        for x, value in zip(self.data, step):
+            x[np.arange(self.N), self.head % self.C] = value
+        self.head += 1
+        for n, obs in zip(ended.tolist(), last_obs):
+            for x, value in zip(self.data, (*obs, False)):  # the last observation, which starts nothing
+                x[n, self.head[n] % self.C] = value
+            begin, end = int(self.first[n]), int(self.head[n])
+            for first in range(begin, end, end - begin if self.L == -1 else self.L):
+                self.index.append((n, max(begin, first - self.W), first, end if self.L == -1 else min(first + self.L, end)))
+            self.head[n] += 1
+            self.first[n] = self.head[n]
+        while self.index and not self.whole(*self.index[0]):
+            self.index.popleft()
+
+    def whole(self, n, begin, first, last):
+        return begin >= self.head[n] - self.C
+
+    def sample(self, batch_size):
+        """Segments drawn uniformly, with replacement, until there are batch_size steps, side by side.
+
+        Returns tensors [W + L + 1, S, ...]: which steps are real, then the data. The first W rows burn in.
+        Rows before an episode repeat its first position, which starts it anew; padding repeats a segment's last.
+        """
+        segments, steps = [], 0
+        while steps < batch_size:
+            n, begin, first, last = segment = self.index[torch.randint(len(self.index), ()).item()]
+            if self.whole(*segment):
+                segments.append(segment)
+                # KNOWN BUG (memory-monoids buffer.py): padding counts as data: 14 to 65 % of the segment arm's rows, none
+                #   of the tape arm's. Symptom: fewer steps an update. Here: real steps are counted.
+                #   Test: test_replay.py::test_both_arms_train_on_the_same_number_of_steps.
+                steps += last - first
+        n, begin, first, last = np.array(segments).T                                        # [S] each
+        t = np.arange(-self.W, (last - first).max() + 1)[:, None]                           # [W + L + 1, 1]
+        rows = n * self.C + np.clip(first + t, begin, last) % self.C                        # [W + L + 1, S]
+        data = (torch.from_numpy(x.reshape(-1, *x.shape[2:])[rows]) for x in self.data)
+        return torch.from_numpy((t >= 0) & (first + t < last)), *data
+
+    def forget_running(self):
+        """The running episodes will not go on: their positions are lost."""
+        self.first = self.head.copy()
+
+    def state_dict(self):
+        return {"data": tuple(map(torch.from_numpy, self.data)), "head": torch.from_numpy(self.head),
+                "first": torch.from_numpy(self.first), "index": torch.tensor(self.index, dtype=torch.long)}
+
+    def load_state_dict(self, saved):
+        for x, value in zip(self.data, saved["data"], strict=True):
+            np.copyto(x, value.numpy())
+        self.head, self.first = saved["head"].numpy().copy(), saved["first"].numpy().copy()
+        self.index = collections.deque(map(tuple, saved["index"].tolist()))
+
+
+def soft_value(policy, q, alpha):
+    """V = E[Q(a) - alpha log pi(a)] under the policy, exactly: a sum over all actions.   q: [..., A] of each branch -> [...]
+
+    Branches are independent and their Q add up, as their log-probabilities do: so does V.
+    """
+    return sum((p.logp.exp() * (x - alpha * p.logp)).sum(-1) for p, x in zip(policy.branches, q, strict=True))
+
+
+def polynomial(schedule, step, total_steps):
+    """v(t) = (v0 - v1) (1 - t/D)^power + v1, then v1.   schedule: (v0[, v1[, power[, D]]]), D in environment steps"""
+    defaults = (schedule[0], schedule[0], 1.0, total_steps)
+    v0, v1, power, decay_steps = schedule + defaults[len(schedule) :]
+    return (v0 - v1) * max(0.0, 1 - step / decay_steps) ** power + v1
+
+
+@torch.no_grad()
+def play(agent, envs, args, episodes, seed, show=lambda: None):
+    """Plays without exploring. Returns three arrays: return, length, success (nan: not defined) of each episode.
+
+    Every environment plays its share: taking the first episodes to finish would prefer the short ones. An episode without
+    end counts as it stands after 10,000 steps.
+    """
+    N, device = envs.num_envs, next(agent.parameters()).device
+    share = np.array([len(x) for x in np.array_split(np.arange(episodes), N)])              # [N] episodes left to play
+    obs, state, start = envs.reset(seed=seed)[0], agent.memory.initial_state(N), np.ones(N, bool)
+    returns, lengths, results = np.zeros(N), np.zeros(N), []
+    while share.any():
+        show()
+        obs = to_tensors(envs.single_observation_space, obs, device)
+        action, state = agent.act(obs, state, torch.as_tensor(start, device=device))
+        obs, reward, terminated, truncated, infos = envs.step(action)
+        returns, lengths = returns + reward, lengths + 1
+        start = terminated | truncated | (lengths == 10_000)
+        if start.any():
+            show()
+            for n in np.flatnonzero(start & (share > 0)):
+                results.append((returns[n], lengths[n], success_of(infos, n)))
+            share, returns, lengths = np.maximum(share - start, 0), returns * ~start, lengths * ~start
+            obs, _ = envs.reset(options={"reset_mask": start})
+    return np.array(results).T
+
+
+def success_of(infos, n):
+    """Whether environment n's episode, which has just ended, was a success; nan where the task does not say."""
+    infos = infos.get("final_info", infos)
+    return float(infos["success"][n]) if infos.get("_success", {n: False})[n] else float("nan")
+
+
+def add_time(obs):
+    return tuple(o[None] for o in obs)
+
+
+def enjoy(args, weights):
+    """Plays --episodes of the task, one after the other; prints text frames or writes a GIF beside the model."""
+    envs = make_envs(args, 1, play=True)
+    modes, render_mode = envs.metadata.get("render_modes", []), args.render_mode
+    if render_mode == "auto":
+        render_mode = "ansi" if "ansi" in modes else "none"
+    if render_mode != "none":
+        if render_mode not in modes and not (render_mode == "human" and "rgb_array" in modes):
+            fail(f"--render-mode {render_mode} is not one of {args.env_id}'s: {', '.join(modes) or 'none'}")
+        envs = make_envs(args, 1, play=True, render_mode=render_mode)
+    agent, frames = make_agent(args, envs, weights), []
+    show = {"ansi": lambda: print(envs.render()[0]), "rgb_array": lambda: frames.append(envs.render()[0])}
+    results = []
+    for episode in range(args.episodes):
+        results.append(play(agent, envs, args, 1, args.seed + episode, show.get(render_mode, lambda: None))[:, 0])
+        episode_return, length, success = results[-1]
+        print(f"episode {episode + 1}: return {episode_return:.2f}, length {length:.0f}"
+              + ("" if np.isnan(success) else f", success {bool(success)}"))
+    returns, lengths, successes = np.array(results).T
+    print(f"mean of {args.episodes}: return {returns.mean():.2f} +- {returns.std():.2f}, length {lengths.mean():.1f}"
+          + ("" if np.isnan(successes).any() else f", success {successes.mean():.2f}"))
+    if frames:
+        path = Path(args.model).with_suffix(".gif")
+        imageio.mimsave(path, frames, duration=1000 / envs.metadata.get("render_fps", 10), loop=0)
+        print(f"wrote {path}")
+
+
+def fail(message):
+    """Bad input: one sentence, exit code 2."""
+    print(f"{SCRIPT}.py: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def check(args):
+    """Refuses what cannot run, before anything is made."""
+    def flag(name):
+        return f"--{name.replace('_', '-')} {getattr(args, name)}"
+
+    ranges = dict.fromkeys(("num_threads num_envs total_timesteps hidden_size num_layers mlp_size train_every batch_size "
+                            "target_network_frequency log_every eval_episodes checkpoint_every episodes").split(), (1, 2**40))
+    ranges |= dict.fromkeys(("seed", "encoder_size", "learning_starts", "eval_every"), (0, 2**40))
+    ranges |= dict.fromkeys(("gamma", "tau"), (0, 1)) | {"buffer_size": (2 * args.num_envs, 2**40)}
+    ranges |= dict.fromkeys(("replay_ratio", "max_grad_norm", "alpha"), (0, 1e9))
+    ranges |= {} if args.target_entropy is None else {"target_entropy": (0, 1), "alpha": (1e-9, 1e9)}
+    for name, (low, high) in ranges.items():
+        if not low <= getattr(args, name) <= high:
+            fail(f"{flag(name)} must be at least {low} and at most {high}")
+    if args.seq_len != -1 and args.seq_len < 1:
+        fail(f"{flag('seq_len')} must be at least 1, or -1 for whole episodes")
+    if args.burn_in is not None and not 0 <= args.burn_in <= 2**20:
+        fail(f"{flag('burn_in')} must be at least 0 and at most {2**20}")
+    if not (args.freeze_critic or args.shared_encoder):
+        fail("--no-freeze-critic needs --shared-encoder: critics of their own are never reached by the policy's loss")
+    v0, v1, power, decay_steps = (*args.learning_rate, *(0.0, 0.0, 1.0, 1.0)[len(args.learning_rate) :])[:4]
+    if not (1 <= len(args.learning_rate) <= 4 and 0 <= v0 < 1e9 and 0 <= v1 < 1e9 and 0 < power < 1e9 and decay_steps > 0):
+        fail(f"{flag('learning_rate')} must be one to four numbers, initial, final, power and decay steps: the first two not "
+             "negative, the others positive")
+    for name in ("env_kwargs", "reset_options", "memory_kwargs"):
+        try:
+            dict(**json.loads(getattr(args, name)))
+        except (json.JSONDecodeError, TypeError):
+            fail(f"""{flag(name)} is not a JSON object; write '{{"name": value}}'""")
+    if args.total_timesteps < max(args.train_every, args.num_envs):
+        fail(f"--total-timesteps {args.total_timesteps} is less than the steps before the first visit to the replay, "
+             f"--train-every {args.train_every} or --num-envs {args.num_envs}")
+
+
+def save_atomically(path, write):
+    """Write beside, then rename: whenever the process dies, `path` is the old file or the new one, whole."""
+    beside = path.with_name(path.name + ".tmp")
+    write(beside)
+    os.replace(beside, path)
+
+
+def read_model(path):
+    """Weights and Args of a model file. safetensors holds numbers and text: a stranger's file cannot run code."""
+    with safetensors.safe_open(path, "pt") as f:
+        return {**f.metadata(), "agent": {name: f.get_tensor(name) for name in f.keys()}}
+
+
+def read_checkpoint(run):
+    return torch.load(Path(run) / "checkpoint.pt", map_location="cpu", weights_only=True)
+
+
+def load(flag, path, read):
+    """What `read` finds at `path`, with "args" as Args; flags that this version does not know are left out."""
+    try:
+        content = read(path)
+        script, saved = content["script"], json.loads(content["args"])
+        known = {f.name for f in dataclasses.fields(Args)}
+        content["args"] = Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in known})
+    except FileNotFoundError:
+        fail(f"{flag} {path} does not exist; training ends by printing what to play and what to resume")
+    except Exception as e:                                  # damaged files raise all kinds
+        fail(f"{flag} {path} cannot be read ({type(e).__name__}): it is damaged or another program's")
+    if script != SCRIPT:
+        fail(f"{flag} {path} was trained by {script}: use python {script}.py")
+    return content
+
+
+def make_agent(args, envs, weights=None):
+    try:
+        agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(pick_device(args))
+    except ValueError as e:
+        fail(f"--env-id {args.env_id}: {e}")
+    except (TypeError, RuntimeError) as e:
+        fail(f"--memory {args.memory} does not work with --memory-kwargs {args.memory_kwargs}: {str(e).splitlines()[0]}")
+    try:
+        agent.load_state_dict(weights or agent.state_dict())
+    except RuntimeError:
+        fail("the saved network has other sizes than the flags and the task ask for; leave those flags out")
+    return agent
+
+
+def pick_device(args):
+    name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=name).cpu().new_empty(0, device=name).device
+    except Exception as e:
+        fail(f"--device {args.device} cannot be used here: {str(e).splitlines()[0]}")
+
+
+def open_progress(path, global_step):
+    """progress.csv for appending: a new one, or the old one without the rows after the checkpoint."""
+    old = path.read_text().splitlines(keepends=True)[1:] if path.exists() else []
+    kept = [row for row in old if int(row.split(",")[0]) <= global_step]
+    save_atomically(path, lambda p: p.write_text(",".join(("global_step", "seconds", *TAGS)) + "\n" + "".join(kept)))
+    return path.open("a", buffering=1)
+
+
+def train(args, checkpoint=None):
+    # ------------------------------------------------------------------ setup
+    torch.manual_seed(args.seed)
+    T, N, device = max(1, args.train_every // args.num_envs), args.num_envs, pick_device(args)
+    envs = make_envs(args, N)
+    eval_envs = make_envs(args, min(N, args.eval_episodes), play=True) if args.eval_every else None
+    tensors = functools.partial(to_tensors, envs.single_observation_space, device="cpu")    # the replay is there
+    agent = make_agent(args, envs, checkpoint and checkpoint["agent"])
+    target = copy.deepcopy(agent).requires_grad_(False)
+    parameters = list(agent.parameters())
+    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate[0], fused=True)
+    max_entropy = sum(map(math.log, agent.q1[-1].sizes))
+
+    global_step, gradient_steps, seconds = 0, 0, 0.0
+    recent = collections.deque(maxlen=100)                  # return, length, success of the last episodes
+    next_obs = tensors(envs.reset(seed=args.seed)[0])       # leaves of [N, ...]
+    next_start = torch.ones(N, dtype=torch.bool)
+    state = agent.memory.initial_state(N)                   # tuple of [N, ...]
+    episode_return, episode_length = np.zeros(N), np.zeros(N)
+    example = (*next_obs, next_start, torch.zeros(N, len(agent.q1[-1].sizes), dtype=torch.long), torch.zeros(N), next_start)
+    example += () if args.burn_in is None else tuple(s.cpu() for s in state)
+    K, W = len(next_obs), args.burn_in or 0                 # leaves of an observation, burn-in steps
+    try:
+        replay = Replay(args.buffer_size, tuple(x.numpy() for x in example), args.seq_len, W)
+    except MemoryError:
+        size = args.buffer_size // N * sum(x.nbytes for x in example)
+        fail(f"--buffer-size {args.buffer_size} needs {size / 2**30:,.1f} GiB of memory, more than this machine has: lower it")
+    if checkpoint:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        target.load_state_dict(checkpoint["target"])
+        torch.set_rng_state(checkpoint["rng"])
+        if device.type == "cuda" and checkpoint["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"], device)
+        global_step, gradient_steps, seconds = (checkpoint[k] for k in ("global_step", "gradient_steps", "seconds"))
+        recent.extend(checkpoint["recent"])
+        try:
+            replay.load_state_dict(checkpoint["replay"])
+        except ValueError:
+            fail("the saved replay has other sizes than the flags and the task ask for; leave those flags out")
+        same = all(getattr(args, k) == getattr(checkpoint["args"], k) for k in ("env_id", "env_kwargs", "num_envs"))
+        if checkpoint["envs"] and same:                     # our own tasks go on to the bit, as if never interrupted
+            envs.unwrapped.load_state_dict(checkpoint["envs"])
+            next_obs, state, (next_start,) = checkpoint["tensors"]
+            state = tuple(s.to(device) for s in state)
+            episode_return, episode_length = (x.numpy() for x in checkpoint["episodes"])
+        else:                                               # others cannot be saved: new episodes, not the first ones again
+            next_obs = tensors(envs.reset(seed=args.seed + global_step)[0])
+            replay.forget_running()
+
+    name = args.run_name or re.sub("[/:]", "-", f"{args.env_id}__{SCRIPT}__{args.seed}__{int(1000 * time.time())}")
+    run = Path(args.resume or Path(args.runs_dir) / name)
+    try:
+        run.mkdir(parents=True, exist_ok=bool(args.resume))
+    except OSError as e:
+        fail(f"--run-name {name} cannot be made in --runs-dir {args.runs_dir} ({e.strerror}); choose another or --resume {run}")
+    print(f"replay: {replay.N * replay.C:,} positions, {replay.nbytes / 2**20:,.1f} MiB when full")
+    args_json = json.dumps({**dataclasses.asdict(args), "resume": None}, indent=2)
+    save_atomically(run / "args.json", lambda path: path.write_text(args_json))
+    progress = open_progress(run / "progress.csv", global_step)
+    writer = SummaryWriter(run, purge_step=global_step + 1)
+    writer.add_text("args", "```\n" + args_json + "\n```")
+
+    def save():
+        metadata = {"script": SCRIPT, "args": args_json, "global_step": str(global_step), "torch": torch.__version__,
+                    "gymnasium": gym.__version__, "observation_space": str(envs.single_observation_space),
+                    "action_space": str(envs.single_action_space)}
+        env_state = envs.unwrapped.state_dict() if hasattr(envs.unwrapped, "state_dict") else {}
+        everything = {
+            "script": SCRIPT, "args": args_json, "global_step": global_step, "gradient_steps": gradient_steps,
+            "seconds": seconds, "recent": list(recent), "agent": agent.state_dict(), "target": target.state_dict(),
+            "optimizer": optimizer.state_dict(), "replay": replay.state_dict(), "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+            "envs": {k: v if isinstance(v, str) else torch.as_tensor(v) for k, v in env_state.items()},
+            "tensors": (next_obs, state, (next_start,)),
+            "episodes": (torch.as_tensor(episode_return), torch.as_tensor(episode_length))}
+        save_atomically(run / "model.safetensors",
+                        lambda path: safetensors.torch.save_file(agent.state_dict(), path, metadata))
+        save_atomically(run / "checkpoint.pt", lambda path: torch.save(everything, path))
+
+    save()                                                  # whenever the process dies, there is something to resume
+    interrupted = []
+
+    def on_ctrl_c(*_):
+        interrupted.append(True)
+        signal.signal(signal.SIGINT, default_handler)
+        tqdm.write("Ctrl-C: finishing this update, then saving; a second one leaves at once")
+
+    default_handler = signal.signal(signal.SIGINT, on_ctrl_c)
+    bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True)
+    clock, spent, stats, logged_step = time.perf_counter(), collections.Counter(), [], global_step
+
+    def lap(name):
+        """Add the time since the last lap to spent[name]."""
+        nonlocal clock
+        spent[name] += (now := time.perf_counter()) - clock
+        clock = now
+
+    while global_step + T * N <= args.total_timesteps and not interrupted:
+        learning_rate = polynomial(args.learning_rate, global_step, args.total_timesteps)
+        optimizer.param_groups[0]["lr"] = learning_rate
+
+        # -------------------------------------------------------------- rollout: T steps in N environments
+        for t in range(T):
+            obs, start, stored = next_obs, next_start, () if args.burn_in is None else tuple(s.cpu() for s in state)
+            with torch.inference_mode():                    # acting is a sequence of length 1
+                policy, *_, state = agent(add_time(o.to(device) for o in obs), state, start[None].to(device))
+                action = policy.sample()[0]                 # [N], or [N, K] of several branches
+            lap("policy")
+            next_obs, reward, terminated, truncated, infos = envs.step(agent.policy[-1].to_env(action))
+            lap("env")
+
+            next_obs, done = tensors(next_obs), terminated | truncated
+            next_start, ended = torch.as_tensor(done), np.flatnonzero(done)
+            episode_return, episode_length = episode_return + reward, episode_length + 1
+            step = (*obs, start, action.cpu().view(N, -1), reward, terminated, *stored)
+            replay.add(step, ended, [tensors(infos["final_obs"][n]) for n in ended])
+            for n in ended:
+                recent.append((float(episode_return[n]), float(episode_length[n]), success_of(infos, n)))
+                episode_return[n], episode_length[n] = 0, 0
+            lap("batch")
+        global_step += T * N
+
+        # -------------------------------------------------------------- update: one batch of segments a gradient step
+        while replay.index and gradient_steps < args.replay_ratio * (global_step - args.learning_starts):
+            real, *batch = (x.to(device) for x in replay.sample(args.batch_size))           # [W + L + 1, S, ...] each
+            # PITFALL: segments that start from zeros, as in most recurrent replays. Symptom: what lies more than L steps back
+            #   does not exist; no state is old in training, all are in acting. Here: kept, as the baseline; see --burn-in.
+            #   Test: test_dqn.py::test_stored_states_are_those_of_the_whole_episode.
+            seg_state = target_state = tuple(s[0] for s in batch[K + 4 :]) or agent.memory.initial_state(real.shape[1])
+            if W:                                           # both networks make the stored states their own, without gradient
+                with torch.no_grad():
+                    seg_state, target_state = (net(tuple(o[:W] for o in batch[:K]), seg_state, batch[K][:W])[1]
+                                               for net in (agent, target))
+            real, *seg_obs, seg_starts, actions, rewards, terminated = (x[W:] for x in (real, *batch[: K + 4]))
+            lap("batch")
+
+            # --- critics: one online forward gives all of o_t and of o_{t+1}, next observations are in the segments.
+            policy, q1, q2, _ = agent(seg_obs, seg_state, seg_starts)                       # [L + 1, S]
+            alpha = agent.log_alpha.exp()
+            with torch.no_grad():
+                # DEVIATION (Memory-RL policy_rnn_shared.py, target critics on the online memory): the target network is whole.
+                _, target_q1, target_q2, _ = target(seg_obs, target_state, seg_starts)
+                values = soft_value(policy, map(torch.minimum, target_q1.branches, target_q2.branches), alpha)
+                # PITFALL: a time limit treated as death. Symptom: values too low near the limit. Here: only termination cuts
+                #   the bootstrap. Test: test_sac_discrete.py::test_losses_equal_their_definition.
+                targets = rewards + args.gamma * ~terminated * values.roll(-1, 0)
+            qf_loss = sum(F.mse_loss(q.of(actions)[real], targets[real]) for q in (q1, q2))
+
+            # --- policy
+            # PITFALL: the policy wants E[Q] high, and with a shared encoder its loss can have that by raising Q, not only by
+            #   choosing better. Symptom: values above any return, exploding gradients. Here: --freeze-critic, Q is a number to
+            #   the policy's loss. It does not keep the policy's own gradient from moving the memory that the critics read.
+            #   Test: test_sac_discrete.py::test_who_receives_a_gradient_of_which_loss.
+            q = map(torch.minimum, q1.branches, q2.branches)
+            q = (x.detach() if args.freeze_critic else x for x in q)
+            actor_loss = -soft_value(policy, q, alpha.detach())[real].mean()
+            entropy = policy.entropy()[real].mean()
+            loss = qf_loss / 2 + actor_loss
+            if args.target_entropy is not None:
+                loss = loss + alpha * (entropy.detach() - args.target_entropy * max_entropy)
+
+            optimizer.zero_grad()
+            loss.backward()
+            grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+            optimizer.step()
+            gradient_steps += 1
+            with torch.no_grad():
+                if gradient_steps % args.target_network_frequency == 0:
+                    for target_parameter, parameter in zip(target.parameters(), parameters):
+                        target_parameter.lerp_(parameter, args.tau)
+                qf_values = q1.of(actions)[real].mean()
+                stats.append(torch.stack([qf_loss / 2, qf_values, actor_loss, entropy, alpha, grad_norm, real.sum()]))
+            lap("update")
+
+        if not replay.index and (replay.head - replay.first).max() > replay.C:
+            fail(f"episodes do not fit: each of --num-envs {N} environments has --buffer-size / --num-envs = {replay.C} "
+                 "positions; raise --buffer-size")
+
+        # -------------------------------------------------------------- log, checkpoint
+        if stats and not stats[-1].isfinite().all():
+            bar.close()
+            sys.exit(f"the loss is not finite at step {global_step}; the last checkpoint is {run}/checkpoint.pt: try --resume "
+                     f"{run} with a smaller --learning-rate or --max-grad-norm")
+        due = lambda every: every and global_step // every > (global_step - T * N) // every  # noqa: E731
+        if due(args.log_every) or due(args.eval_every):
+            row = {"charts/SPS": (global_step - logged_step) / spent.total(), "charts/learning_rate": learning_rate,
+                   "charts/gradient_steps": gradient_steps}
+            if stats:
+                row |= zip(("losses/qf_loss", "losses/qf_values", "losses/actor_loss", "losses/entropy", "losses/alpha",
+                            "losses/grad_norm", "charts/transitions"), torch.stack(stats).mean(0).tolist())
+            if recent:
+                row |= zip(("charts/episodic_return", "charts/episodic_length", "charts/success"), np.mean(recent, axis=0))
+            row |= {f"time/{name}": value for name, value in spent.items()}
+            seconds += spent.total()
+            spent.clear()
+            if due(args.eval_every):
+                returns, _, successes = play(agent, eval_envs, args, args.eval_episodes, args.seed + 10_000)
+                row |= {"eval/episodic_return": returns.mean(), "eval/return_std": returns.std(),
+                        "eval/success": successes.mean()}
+            row = {tag: value for tag, value in row.items() if np.isfinite(value)}
+            cells = (f"{row[tag]:.6g}" if tag in row else "" for tag in TAGS)
+            progress.write(",".join((str(global_step), f"{seconds:.3f}", *cells)) + "\n")
+            for tag, value in row.items():
+                writer.add_scalar(tag, value, global_step)
+            bar.set_postfix({name: f"{row[tag]:.{digits}f}" for name, tag, digits in
+                             (("SPS", "charts/SPS", 0), ("return", "charts/episodic_return", 2),
+                              ("success", "charts/success", 2)) if tag in row})
+            bar.update(global_step - logged_step)
+            stats, logged_step = [], global_step
+        if due(args.checkpoint_every):
+            save()
+        lap("log")
+
+    save()
+    signal.signal(signal.SIGINT, default_handler)
+    bar.close()
+    writer.close()
+    progress.close()
+    print(f"{'interrupted' if interrupted else 'done'} at step {global_step}; everything is in {run}")
+    if interrupted:
+        print(f"continue:  python {SCRIPT}.py --resume {run}")
+    print(f"watch it:  python {SCRIPT}.py --model {run / 'model.safetensors'}")
+    return run
+
+
+def main(argv=None):
+    args, content = tyro.cli(Args, args=argv), None
+    if args.model:
+        content = load("--model", args.model, read_model)
+    elif args.resume:
+        content = load("--resume", args.resume, read_checkpoint)
+    if content:                                             # flags given now override the saved ones
+        args = tyro.cli(Args, args=argv, default=content["args"])
+    check(args)
+    torch.set_num_threads(args.num_threads)
+    if args.model:
+        enjoy(args, content["agent"])
+    else:
+        train(args, content)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
