@@ -38,26 +38,30 @@ class GPT(nn.Module):
 
     def forward(self, x, state, start):
         T, W = len(x), self.kept
-        age, kept = state[0].clamp(0, W).masked_fill(start[0, :, None], 0), state[1:]
+        age, kept, restarts = state[0].clamp(0, W).masked_fill(start[0, :, None], 0), state[1:], start[1:].any()
+        if start[0].any():
+            kept = tuple(s.masked_fill(start[0, :, None, None], 0) for s in kept)
         old = int(age.max().ceil())                                     # kept steps that a row can see; the others are left out
         t = torch.arange(T, device=x.device)[:, None]                   # [T, 1]
         last_start = torch.where(start, t, -1).cummax(0).values         # [T, B]
         seen = torch.where(last_start < 0, age.T + t, (t - last_start).to(age.dtype)).clamp(max=W)     # [T, B] earlier steps
-        causal = old == 0 and T <= W + 1 and not start[1:].any()        # nothing but one beginning each: no mask needed
+        causal = old == 0 and T <= W + 1 and not restarts               # nothing but one beginning each: no mask needed
         mask = None
         if not causal:
             distance = old + t - torch.arange(old + T, device=x.device)                     # [T, old + T]
             mask = ((distance >= 0) & (distance <= seen.T[..., None]))[:, None]             # [B, 1, T, old + T]
-        x, after = self.embed(x).transpose(0, 1), [(seen[-1] + 1).clamp(max=W)[:, None]]    # [B, T, H]
-        dead = (torch.arange(W, device=x.device) < W - after[0])[..., None]                 # [B, W, 1]
+        x, after = self.embed(x).transpose(0, 1).contiguous(), [(seen[-1] + 1).clamp(max=W)[:, None]]          # [B, T, H]
         for block, k_kept, v_kept in zip(self.blocks, kept[::2], kept[1::2]):
             q, k, v = block["qkv"](block["norm"](x)).chunk(3, dim=-1)
             k, v = torch.cat([k_kept, k], dim=1), torch.cat([v_kept, v], dim=1)             # [B, W + T, H]
-            after += k[:, T:].masked_fill(dead, 0), v[:, T:].masked_fill(dead, 0)
+            after += k[:, T:], v[:, T:]
             k, v = k[:, W - old :], v[:, W - old :]                                         # [B, old + T, H]
             y = F.scaled_dot_product_attention(self.rotate(q, old), self.rotate(k, 0), self.split(v), mask, is_causal=causal)
             x = x + block["out"](y.transpose(1, 2).flatten(2))
             x = x + block["mlp"](x)
+        if restarts:
+            dead = (torch.arange(W, device=x.device) < W - after[0])[..., None]             # [B, W, 1]
+            after[1:] = [s.masked_fill(dead, 0) for s in after[1:]]
         return self.norm(x).transpose(0, 1), tuple(after)
 
     def split(self, x):
