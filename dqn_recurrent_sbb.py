@@ -541,7 +541,7 @@ def train(args, checkpoint=None):
             seg_state = target_state = tuple(s[0] for s in batch[K + 4 :]) or agent.memory.initial_state(real.shape[1])
             if W:                                           # both networks make the stored states their own, without gradient
                 with torch.no_grad():
-                    seg_state, target_state = (net(tuple(o[:W] for o in batch[:K]), seg_state, batch[K][:W])[1]
+                    seg_state, target_state = (net(tuple(o[:W] for o in batch[:K]), seg_state, batch[K][:W])[-1]
                                                for net in (agent, target))
             real, *seg_obs, seg_starts, actions, rewards, terminated = (x[W:] for x in (real, *batch[: K + 4]))
             lap("batch")

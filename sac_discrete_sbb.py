@@ -60,7 +60,7 @@ class Args:
     device: str = "auto"  # auto (cuda if there is one), cpu, cuda, cuda:1
     num_threads: int = 1  # torch threads; more than one pays for images
     num_envs: int = 16  # N
-    total_timesteps: int = 50_000  # environment steps
+    total_timesteps: int = 10_000  # environment steps
 
     memory: Literal[tuple(MEMORIES)] = "lru"  # the memory model
     hidden_size: int = 64  # H, of the memory
@@ -73,19 +73,19 @@ class Args:
     prev_reward: bool = False  # feed the previous reward to the memory
 
     buffer_size: int = 200_000  # positions in the replay; an episode of n steps takes n + 1
-    learning_starts: int = 5_000  # environment steps with random actions, before any learning
-    train_every: int = 64  # environment steps between two visits to the replay
-    replay_ratio: float = 0.015  # gradient steps per environment step
-    batch_size: int = 1_000  # steps of an update: segments are drawn until there are as many
+    learning_starts: int = 500  # environment steps before any learning; the policy is nearly uniform until then
+    train_every: int = 160  # environment steps between two visits to the replay
+    replay_ratio: float = 0.1  # gradient steps per environment step
+    batch_size: int = 700  # steps of an update: segments are drawn until there are as many
     seq_len: int = -1  # L, steps of a segment at most; -1: whole episodes
     burn_in: int | None = None  # start from stored states, so many steps before the segment; none: zeros, at its first step
 
     freeze_critic: bool = True  # with a shared encoder: the policy's loss cannot reach what computes the action values
-    alpha: float = 0.1  # temperature, the price of a nat of entropy; at first, if it is tuned
+    alpha: float = 0.01  # temperature, the price of a nat of entropy; at first, if it is tuned
     target_entropy: float | None = None  # tune alpha to this entropy, as a share of the largest possible; none: alpha is fixed
     learning_rate: tuple[float, ...] = (1e-3,)  # schedule: initial [final [power [decay-steps]]]
     gamma: float = 0.99  # discount
-    tau: float = 0.005  # share of the online network that goes into the target network; 1: periodic copies
+    tau: float = 0.01  # share of the online network that goes into the target network; 1: periodic copies
     target_network_frequency: int = 1  # gradient steps between two updates of the target network
     max_grad_norm: float = 1.0  # gradient clipping
 
@@ -563,7 +563,7 @@ def train(args, checkpoint=None):
             seg_state = target_state = tuple(s[0] for s in batch[K + 4 :]) or agent.memory.initial_state(real.shape[1])
             if W:                                           # both networks make the stored states their own, without gradient
                 with torch.no_grad():
-                    seg_state, target_state = (net(tuple(o[:W] for o in batch[:K]), seg_state, batch[K][:W])[1]
+                    seg_state, target_state = (net(tuple(o[:W] for o in batch[:K]), seg_state, batch[K][:W])[-1]
                                                for net in (agent, target))
             real, *seg_obs, seg_starts, actions, rewards, terminated = (x[W:] for x in (real, *batch[: K + 4]))
             lap("batch")
@@ -572,7 +572,8 @@ def train(args, checkpoint=None):
             policy, q1, q2, _ = agent(seg_obs, seg_state, seg_starts)                       # [L + 1, S]
             alpha = agent.log_alpha.exp()
             with torch.no_grad():
-                # DEVIATION (Memory-RL policy_rnn_shared.py, target critics on the online memory): the target network is whole.
+                # DEVIATION (Memory-RL policy_rnn_shared.py, where target critics read the online memory): the target is whole,
+                #   with a shared encoder too. Test: test_sac_discrete.py::test_losses_equal_their_definition.
                 _, target_q1, target_q2, _ = target(seg_obs, target_state, seg_starts)
                 values = soft_value(policy, map(torch.minimum, target_q1.branches, target_q2.branches), alpha)
                 # PITFALL: a time limit treated as death. Symptom: values too low near the limit. Here: only termination cuts

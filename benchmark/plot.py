@@ -2,8 +2,9 @@
 
 Writes to benchmark/results: <entry>.csv (seed, step, seconds, return, success; about 100 rows a seed), <entry>.png, and
 table.csv (one row a seed: when the level was first reached, what was reached at best and at the end). A grid of entries gets
-one <grid>.csv (also: the grid's cell; about 25 rows a seed), <grid>-table.csv and figure. From the tables and speed.csv, the
-README's. Entries without runs keep what is committed.
+one <grid>.csv (also: the grid's cell; about 25 rows a seed), <grid>-table.csv and figure, and, if an axis is the length of the
+task, <grid>-final.png, the score at the end against it. From the tables and the speeds (speed.csv, dqn-speed.csv, layers.csv),
+the README's. Entries without finished runs keep what is committed.
 """
 import csv
 import statistics
@@ -21,6 +22,7 @@ README = HERE.parent / "README.md"
 class Args:
     runs_dir: str = "runs/benchmark"  # run folders named <entry>__<seed>
     out: str = str(HERE / "results")  # where the CSV files and figures go
+    unfinished: bool = False  # also runs that were stopped, or still run
 
 
 # what an entry's `measure` says: the column of progress.csv, and what to write at the axis
@@ -64,11 +66,12 @@ def speed_table(rows):
 
 def dqn_speed_table(rows):
     """The README's table of the DQN pair's speeds, from the rows of dqn-speed.csv."""
-    out = ["| script, memory | steps/s | an update, ms | acting, us a step | policy, env, batch, update |",
-           "|---|---|---|---|---|"]
+    out = ["| task | script, memory | steps/s | an update, ms | acting, us a step | policy, env, batch, update |",
+           "|---|---|---|---|---|---|"]
     for row in rows:
         shares = ", ".join(f"{float(row[f'share_{part}']):.0%}" for part in ("policy", "env", "batch", "update"))
-        out.append(f"| {row['script']}, {row['memory']}{' x 2' if row['layers'] == '2' else ''} | "
+        task = f"T-Maze {row['length']}" if row["length"] != "0" else "RepeatPrevious"
+        out.append(f"| {task} | {row['script']}, {row['memory']}{' x 2' if row['layers'] == '2' else ''} | "
                    f"{int(row['steps_per_second']):,} | {row['update_ms']} | {row['policy_us']} | {shares} |")
     return "\n".join(out) + "\n"
 
@@ -148,8 +151,34 @@ def draw_grid(name, cells, out):
         axis.tick_params(labelsize=7)
     axes[0][0].legend(frameon=False, fontsize=7)
     figure.supxlabel("environment steps", fontsize=8)
-    figure.supylabel(f"{MEASURES[entry['measure']][1]}; mean and range of {len(runs)} seeds", fontsize=8)
+    seeds = sorted({len(runs) for _, runs in cells.values()})
+    figure.supylabel(f"{MEASURES[entry['measure']][1]} (n = {' to '.join(map(str, seeds))}: mean, range)", fontsize=8)
     figure.savefig(out / f"{name}.png", dpi=110)
+    plt.close(figure)
+
+
+def draw_lengths(name, reference, out):
+    """The score at the end against the length of the task, from <grid>-table.csv: a curve each value of the last axis."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    with (out / f"{name}-table.csv").open() as f:
+        rows = list(csv.DictReader(f))
+    curve = [axis for axis in rows[0] if axis not in ("seed", "last", "steps", "seconds")][-1]
+    figure, axis = plt.subplots(figsize=(5, 3.2), layout="constrained")
+    for value in dict.fromkeys(row[curve] for row in rows):
+        scores = {}
+        for row in rows:
+            if row[curve] == value:
+                scores.setdefault(int(row["length"]), []).append(float(row["last"]))
+        means = [statistics.mean(v) for v in scores.values()]
+        axis.plot(list(scores), means, marker="o", markersize=3, linewidth=1, label=value)
+    axis.axhline(reference, color="gray", linestyle=":", linewidth=1)
+    axis.set(title=name, xlabel="length of the task", ylabel="return at the end")
+    axis.legend(frameon=False, fontsize=8)
+    figure.savefig(out / f"{name}-final.png", dpi=120)
     plt.close(figure)
 
 
@@ -175,7 +204,8 @@ def main():
     committed = list(csv.DictReader((out / "table.csv").open())) if (out / "table.csv").exists() else []
     for name, entry in entries().items():
         runs = {seed: read(path, entry["measure"]) for seed in entry["seeds"]
-                if (path := Path(args.runs_dir) / f"{name}__{seed}" / "progress.csv").exists()}
+                if (path := Path(args.runs_dir) / f"{name}__{seed}" / "progress.csv").exists()
+                and (args.unfinished or (path.parent / "finished").exists())}
         if entry["cell"]:
             if runs:
                 grids.setdefault(entry["group"], {})[tuple(entry["cell"])] = entry, runs
@@ -205,6 +235,9 @@ def main():
     for name, cells in grids.items():
         collect_grid(name, cells, out)
         draw_grid(name, cells, out)
+        reference = next(iter(cells.values()))[0].get("reference")
+        if reference is not None:
+            draw_lengths(name, reference, out)
     README.write_text(with_tables(README.read_text(), out))
 
 

@@ -5,6 +5,7 @@
     python benchmark/speed.py --tasks repeat --ours sbb:lstm tbb:lstm tbb:lru tbb:mingru
     python benchmark/speed.py --memories                                      one layer of every memory, forward + backward
     python benchmark/speed.py --dqn tbb:lru tbb:ffm sbb:lru                   double DQN at memory-monoids' sizes
+    python benchmark/speed.py --dqn sbb:lstm sbb:gpt --length 250             on 64 whole episodes at Memory-RL's sizes
 
 Runs our PPO scripts and sb3-contrib's RecurrentPPO in turn, at equal work: the same vectorised task, network (one LSTM for
 policy and value, then one hidden layer each), rollout, epochs, minibatches, optimiser steps and torch threads. Prints steps
@@ -39,7 +40,16 @@ TAPES = ((2_048, 1), (128, 16))  # T, B of --memories
 DQN = {"env-id": "popgym-RepeatPreviousEasy-v0", "env-kwargs": '{"k": 10, "num_decks": 2}', "hidden-size": 256, "mlp-size": 256,
        "num-envs": 64, "learning-starts": 10_000, "train-every": 1_024, "replay-ratio": 1 / 103, "total-timesteps": 20_480}
 DQN_MEMORIES = {"lru": (2, {"state_size": 128}), "s5": (2, {}), "ffm": (1, {"contexts": 16}),  # layers, memory-kwargs
-                "linear-attention": (1, {"heads": 1})}
+                "linear-attention": (1, {"heads": 1}), "lstm": (1, {}), "gpt": (1, {"head_size": 128})}
+
+
+def whole_episodes(length, memory):
+    """Memory-RL's Passive T-Maze of this length, in place of DQN: T steps, width 128, two visits with four updates each."""
+    T = length + 1
+    return {"env-id": "TMazePassive-v0", "env-kwargs": json.dumps({"length": length}), "hidden-size": 128, "mlp-size": 256,
+            "encoder-size": 128 if memory == "gpt" else 48, "num-envs": 64, "learning-starts": 64 * T, "train-every": 64 * T,
+            "replay-ratio": 4.01 / (64 * T), "batch-size": 64 * T, "seq-len": -1, "buffer-size": 256 * T, "loss": "mse",
+            "total-timesteps": 4 * 64 * T, "log-every": 64 * T}
 
 
 @dataclass
@@ -51,7 +61,8 @@ class Args:
     threads: int = 1  # torch threads
     memories: bool = False  # time the layers of --layer-size instead
     layer_size: int = 128  # H of --memories
-    dqn: tuple[str, ...] = ()  # time double DQN instead: script:memory, of lru, s5, ffm and linear-attention
+    dqn: tuple[str, ...] = ()  # time double DQN instead: script:memory, of lru, s5, ffm, linear-attention, lstm and gpt
+    length: int = 0  # with --dqn: on whole episodes of T-Maze of this length; 0: RepeatPrevious
     separate_lstm: bool = False  # RecurrentPPO's default: a second LSTM for the critic
     out: str | None = None  # also append the table to this CSV file
     child: str | None = None  # internal: run RecurrentPPO on this task and print its speed
@@ -185,15 +196,16 @@ def time_dqn(args):
         for name in args.dqn:
             script, memory = name.split(":")
             layers, memory_kwargs = DQN_MEMORIES[memory]
+            preset = whole_episodes(args.length, memory) if args.length else DQN | {
+                "seq-len" if script == "sbb" else "tape-len": 50 if script == "sbb" else 1_000}
+            memory_kwargs = memory_kwargs | ({"window": args.length + 2} if args.length and memory == "gpt" else {})
             with tempfile.TemporaryDirectory() as folder:
-                flags = DQN | {"memory": memory, "num-layers": layers, "memory-kwargs": json.dumps(memory_kwargs),
-                               "num-threads": args.threads, "device": "cpu",
-                               "seq-len" if script == "sbb" else "tape-len": 50 if script == "sbb" else 1_000,
-                               "runs-dir": folder, "run-name": "speed"}
+                flags = preset | {"memory": memory, "num-layers": layers, "memory-kwargs": json.dumps(memory_kwargs),
+                                  "num-threads": args.threads, "device": "cpu", "runs-dir": folder, "run-name": "speed"}
                 flags = [str(x) for k, v in flags.items() for x in (f"--{k}", v)]
                 subprocess.run([sys.executable, ROOT / f"dqn_recurrent_{script}.py", *flags], check=True, capture_output=True)
                 rows = list(csv.DictReader((Path(folder) / "speed" / "progress.csv").open()))
-            rows = [row for row in rows if int(row["global_step"]) > DQN["learning-starts"] + DQN["train-every"]]
+            rows = [row for row in rows if int(row["global_step"]) > preset["learning-starts"] + preset["train-every"]]
             spent = {k: sum(float(row[f"time/{k}"]) for row in rows) for k in ("policy", "env", "batch", "update", "log")}
             steps, updates = (float(rows[-1][k]) - float(rows[0][k]) for k in ("global_step", "charts/gradient_steps"))
             steps, updates = (x * len(rows) / (len(rows) - 1) for x in (steps, updates))   # the first row is counted too
@@ -205,8 +217,8 @@ def time_dqn(args):
         script, memory = name.split(":")
         median = {k: statistics.median(x[k] for x in found) for k in found[0]}
         digits = {"steps_per_second": 0, "update_ms": 1, "policy_us": 1}
-        rows.append({"script": script, "memory": memory, "layers": DQN_MEMORIES[memory][0], "threads": args.threads,
-                     "n": args.repeats, **{k: f"{v:.{digits.get(k, 2)}f}" for k, v in median.items()}})
+        rows.append({"script": script, "memory": memory, "layers": DQN_MEMORIES[memory][0], "length": args.length,
+                     "threads": args.threads, "n": args.repeats, **{k: f"{v:.{digits.get(k, 2)}f}" for k, v in median.items()}})
         print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
     append(args.out, rows)
 
