@@ -85,9 +85,10 @@ def grid_table(rows):
         values = {column: [float(row["last"]) for row in rows if (*(row[axis] for axis in axes), row[last]) == (*cell, column)]
                   for column in columns}
         most = max(map(len, values.values()))
-        out.append(f"| {' | '.join(cell)} | " + " | ".join(
-            f"{statistics.mean(v):.2f} ± {(max(v) - min(v)) / 2:.2f}" + f" (n = {len(v)})" * (len(v) < most)
-            if v else "-" for v in values.values()) + " |")
+        texts = [f"{statistics.mean(v):.2f}" + f" ± {(max(v) - min(v)) / 2:.2f}" * (len(v) > 1)
+                 + f" (n = {len(v)})" * (len(v) < most)
+                 if v else "-" for v in values.values()]
+        out.append(f"| {' | '.join([*cell, *texts])} |")
     return "\n".join(out) + "\n"
 
 
@@ -104,6 +105,7 @@ def with_tables(readme, results):
     """The README with its tables made anew from the CSV files in `results`."""
     for name, file, table in (("results", "table.csv", readme_table), ("popgym", "popgym-table.csv", grid_table),
                               ("dqn", "dqn-table.csv", grid_table), ("dqn-variants", "dqn-variants-table.csv", grid_table),
+                              ("tmaze-length", "tmaze-length-table.csv", grid_table),
                               ("dqn-speed", "dqn-speed.csv", dqn_speed_table),
                               ("speed", "speed.csv", speed_table), ("layers", "layers.csv", layer_table)):
         begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"

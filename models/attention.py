@@ -68,7 +68,8 @@ class GPT(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)        # [B, heads, T, head_size]
 
     def rotate(self, x, first):
-        """Turn each pair of numbers by its position times its speed.   [B, T, H] -> [B, heads, T, head_size]"""
+        """Turn each pair of numbers, a complex one, by its position times its speed.   [B, T, H] -> [B, heads, T, head_size]"""
         angle = (first + torch.arange(x.shape[1], device=x.device, dtype=x.dtype))[:, None] * self.speed.to(x.dtype)
-        a, b = self.split(x).chunk(2, dim=-1)
-        return torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], dim=-1)
+        pairs = torch.view_as_complex(x.unflatten(-1, (self.heads, -1, 2)))                 # [B, T, heads, head_size / 2]
+        turn = torch.polar(torch.ones_like(angle), angle)[:, None]                          # [T, 1, head_size / 2]
+        return torch.view_as_real(pairs * turn).flatten(-2).transpose(1, 2)
