@@ -4,6 +4,7 @@ import pytest
 import torch
 from gymnasium import spaces
 from gymnasium.vector.utils import batch_space
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import MEMORIES, Encoder, PolicyHead, RunningMeanStd, to_tensors
 from models.encoder import distinct
@@ -202,3 +203,23 @@ def test_layers_take_arguments_of_their_own(name, kwargs, shapes):
     for t in range(40):
         y_t, state = memory(x[t : t + 1], state, start[t : t + 1])
         torch.testing.assert_close(y_t, y[t : t + 1], rtol=1e-4, atol=1e-5)
+
+
+def test_whole_episodes_through_gpt_hold_no_matrix_of_steps_by_steps():
+    """No operation of a forward and backward pass over T steps has a result of T x T numbers."""
+    T, B, largest = 1_000, 2, 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            results = function(*args, **(kwargs or {}))
+            for x in results if isinstance(results, (tuple, list)) else [results]:
+                if isinstance(x, torch.Tensor):
+                    largest = max(largest, x.numel())
+            return results
+
+    memory = MEMORIES["gpt"](8, 16, 2, window=T)
+    with Watch():
+        y, _ = memory(torch.randn(T, B, 8), memory.initial_state(B), torch.arange(T)[:, None].expand(T, B) == 0)
+        y.sum().backward()
+    assert B * T * 16 < largest < T * T / 2

@@ -32,10 +32,10 @@ def test_losses_equal_their_definition(tmp_path, shared_encoder, freeze_critic):
     """Episode by episode, step by step, action by action, from the networks as they were. Actions have two branches."""
     seen, _ = probed(tmp_path, script, "            optimizer.zero_grad()\n",
                      "(copy.deepcopy(agent), copy.deepcopy(target), seg_obs, actions, rewards, terminated, real, qf_loss, "
-                     "actor_loss)", **MINES, memory="lru", seq_len=-1, tau=0.1, alpha=0.2, shared_encoder=shared_encoder,
+                     "actor_loss, loss)", **MINES, memory="lru", seq_len=-1, tau=0.1, alpha=0.2, shared_encoder=shared_encoder,
                      freeze_critic=freeze_critic)
     assert len(seen) > 20
-    for agent, target, obs, actions, rewards, terminated, real, qf_loss, actor_loss in seen[::10]:
+    for agent, target, obs, actions, rewards, terminated, real, qf_loss, actor_loss, loss in seen[::10]:
         joint = torch.tensor(list(itertools.product(*map(range, agent.q1[-1].sizes))))      # every action [A, K]
         errors, negative_values = [], []
 
@@ -59,6 +59,7 @@ def test_losses_equal_their_definition(tmp_path, shared_encoder, freeze_critic):
         assert len(negative_values) == real.sum()
         torch.testing.assert_close(2 * torch.stack(errors).mean(), qf_loss, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(torch.stack(negative_values).mean(), actor_loss, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(torch.stack(errors).mean() + actor_loss, loss, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("memory", ["lstm", "gpt", "none"])
