@@ -582,10 +582,10 @@ def train(args, checkpoint=None):
             qf_loss = sum(F.mse_loss(q.of(actions)[real], targets[real]) for q in (q1, q2))
 
             # --- policy
-            # PITFALL: the policy wants E[Q] high, and with a shared encoder its loss can have that by raising Q, not only by
-            #   choosing better. Symptom: values above any return, exploding gradients. Here: --freeze-critic, Q is a number to
-            #   the policy's loss. It does not keep the policy's own gradient from moving the memory that the critics read.
-            #   Test: test_sac_discrete.py::test_who_receives_a_gradient_of_which_loss.
+            # PITFALL: the policy wants E[Q] high, and through a shared encoder its loss can raise Q instead of choosing better.
+            #   Symptom: Q of 2.3 where no return exceeds 1, hundredfold gradients. Here: --freeze-critic makes Q a number
+            #   to this loss. It does not keep the policy's own gradient from moving the memory that the critics read.
+            #   Test: test_sac_discrete.py::test_critics_that_the_policy_reaches_promise_more_than_there_is.
             q = map(torch.minimum, q1.branches, q2.branches)
             q = (x.detach() if args.freeze_critic else x for x in q)
             actor_loss = -soft_value(policy, q, alpha.detach())[real].mean()

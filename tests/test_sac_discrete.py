@@ -83,6 +83,16 @@ def test_who_receives_a_gradient_of_which_loss(tmp_path, memory, shared_encoder,
     assert parts[1] == {"memory.0", "policy"} | (set() if freeze_critic else {"q1", "q2"})
 
 
+def test_critics_that_the_policy_reaches_promise_more_than_there_is(tmp_path):
+    """T-Maze's best return is 1. With a shared encoder Q stays below it only if the critics are frozen."""
+    args = {name: value for name, value in vars(script.Args()).items() if name not in ("run_name", "runs_dir", "device")}
+    q = {}
+    for freeze in (True, False):
+        changes = dict(shared_encoder=True, freeze_critic=freeze, total_timesteps=4_000, run_name=str(freeze))
+        q[freeze] = column(run(tmp_path, script, **args | changes)[0], "losses/qf_values")[-1]
+    assert q[True] < 0.5 and q[False] > 1.0
+
+
 def test_the_temperature_is_fixed_or_moves_entropy_to_its_target(tmp_path):
     rows, _ = run(tmp_path, script, alpha=0.2)
     assert column(rows, "losses/alpha") == pytest.approx([0.2] * len(rows))
