@@ -158,9 +158,11 @@ class Agent(nn.Module):
 
     def __init__(self, observation_space, action_space, args):
         super().__init__()
+
         def mlp(head):
             return nn.Sequential(init(nn.Linear(args.hidden_size, args.mlp_size), 2**0.5), nn.ReLU(),
                                  head(args.mlp_size, action_space))
+
         self.memory = Trunks(observation_space, args)
         self.q1, self.q2, self.policy = mlp(QHead), mlp(QHead), mlp(PolicyHead)
         self.log_alpha = nn.Parameter(torch.tensor(args.alpha).log())
@@ -440,6 +442,8 @@ def train(args, checkpoint=None):
     eval_envs = make_envs(args, min(N, args.eval_episodes), play=True) if args.eval_every else None
     tensors = functools.partial(to_tensors, envs.single_observation_space, device="cpu")    # the replay is there
     agent = make_agent(args, envs, checkpoint and checkpoint["agent"])
+    if args.target_entropy is None:                         # a fixed temperature is the flag's, not the checkpoint's
+        agent.log_alpha.data.copy_(torch.tensor(args.alpha).log())
     target = copy.deepcopy(agent).requires_grad_(False)
     parameters = list(agent.parameters())
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate[0], fused=True)

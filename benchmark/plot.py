@@ -159,8 +159,8 @@ def draw_grid(name, cells, out):
     plt.close(figure)
 
 
-def draw_lengths(name, reference, out):
-    """The score at the end against the length of the task, from <grid>-table.csv: a curve each value of the last axis."""
+def draw_lengths(name, entry, out):
+    """The score at the end against the first axis, the length of the task, from <grid>-table.csv; a curve each other cell."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -168,17 +168,16 @@ def draw_lengths(name, reference, out):
 
     with (out / f"{name}-table.csv").open() as f:
         rows = list(csv.DictReader(f))
-    curve = [axis for axis in rows[0] if axis not in ("seed", "last", "steps", "seconds")][-1]
+    curves = {}                                             # name: length: scores
+    for row in rows:
+        curve = " ".join(row[axis] for axis in list(entry["grid"])[1:])
+        curves.setdefault(curve, {}).setdefault(int(row["length"]), []).append(float(row["last"]))
     figure, axis = plt.subplots(figsize=(5, 3.2), layout="constrained")
-    for value in dict.fromkeys(row[curve] for row in rows):
-        scores = {}
-        for row in rows:
-            if row[curve] == value:
-                scores.setdefault(int(row["length"]), []).append(float(row["last"]))
+    for curve, scores in curves.items():
         means = [statistics.mean(v) for v in scores.values()]
-        axis.plot(list(scores), means, marker="o", markersize=3, linewidth=1, label=value)
-    axis.axhline(reference, color="gray", linestyle=":", linewidth=1)
-    axis.set(title=name, xlabel="length of the task", ylabel="return at the end")
+        axis.plot(list(scores), means, marker="o", markersize=3, linewidth=1, label=curve)
+    axis.axhline(entry["reference"], color="gray", linestyle=":", linewidth=1)
+    axis.set(title=name, xlabel="length of the task", ylabel=f"{MEASURES[entry['measure']][1]}, at the end")
     axis.legend(frameon=False, fontsize=8)
     figure.savefig(out / f"{name}-final.png", dpi=120)
     plt.close(figure)
@@ -237,9 +236,9 @@ def main():
     for name, cells in grids.items():
         collect_grid(name, cells, out)
         draw_grid(name, cells, out)
-        reference = next(iter(cells.values()))[0].get("reference")
-        if reference is not None:
-            draw_lengths(name, reference, out)
+        entry, _ = next(iter(cells.values()))
+        if "reference" in entry:
+            draw_lengths(name, entry, out)
     README.write_text(with_tables(README.read_text(), out))
 
 

@@ -43,13 +43,14 @@ DQN_MEMORIES = {"lru": (2, {"state_size": 128}), "s5": (2, {}), "ffm": (1, {"con
                 "linear-attention": (1, {"heads": 1}), "lstm": (1, {}), "gpt": (1, {"head_size": 128})}
 
 
-def whole_episodes(length, memory):
-    """Memory-RL's Passive T-Maze of this length, in place of DQN: T steps, width 128, two visits with four updates each."""
+def whole_episodes(length, script, memory):
+    """Memory-RL's Passive T-Maze of this length, in place of DQN: width 128, 64 episodes an update, four updates a visit."""
     T = length + 1
-    return {"env-id": "TMazePassive-v0", "env-kwargs": json.dumps({"length": length}), "hidden-size": 128, "mlp-size": 256,
-            "encoder-size": 128 if memory == "gpt" else 48, "num-envs": 64, "learning-starts": 64 * T, "train-every": 64 * T,
-            "replay-ratio": 4.01 / (64 * T), "batch-size": 64 * T, "seq-len": -1, "buffer-size": 256 * T, "loss": "mse",
-            "total-timesteps": 4 * 64 * T, "log-every": 64 * T}
+    sizes = {"seq-len": -1, "batch-size": 64 * T} if script == "sbb" else {"tape-len": 64 * T}
+    return sizes | {
+        "env-id": "TMazePassive-v0", "env-kwargs": json.dumps({"length": length}), "hidden-size": 128, "mlp-size": 256,
+        "encoder-size": 128 if memory == "gpt" else 48, "num-envs": 64, "learning-starts": 64 * T, "train-every": 64 * T,
+        "replay-ratio": 4.01 / (64 * T), "buffer-size": 256 * T, "loss": "mse", "total-timesteps": 256 * T, "log-every": 64 * T}
 
 
 @dataclass
@@ -196,7 +197,7 @@ def time_dqn(args):
         for name in args.dqn:
             script, memory = name.split(":")
             layers, memory_kwargs = DQN_MEMORIES[memory]
-            preset = whole_episodes(args.length, memory) if args.length else DQN | {
+            preset = whole_episodes(args.length, script, memory) if args.length else DQN | {
                 "seq-len" if script == "sbb" else "tape-len": 50 if script == "sbb" else 1_000}
             memory_kwargs = memory_kwargs | ({"window": args.length + 2} if args.length and memory == "gpt" else {})
             with tempfile.TemporaryDirectory() as folder:

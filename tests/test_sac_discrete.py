@@ -94,8 +94,10 @@ def test_critics_that_the_policy_reaches_promise_more_than_there_is(tmp_path):
 
 
 def test_the_temperature_is_fixed_or_moves_entropy_to_its_target(tmp_path):
-    rows, _ = run(tmp_path, script, alpha=0.2)
+    rows, folder = run(tmp_path, script, alpha=0.2)
     assert column(rows, "losses/alpha") == pytest.approx([0.2] * len(rows))
+    rows, _ = run(tmp_path, script, resume=str(folder), alpha=0.1, total_timesteps=4 * 32 * 4)
+    assert column(rows, "losses/alpha")[-1] == pytest.approx(0.1)               # the flag given now, not the saved one
     for target_entropy, rises in ((0.1, False), (1.0, True)):
         rows, _ = run(tmp_path, script, alpha=0.2, target_entropy=target_entropy, run_name=str(target_entropy),
                       learning_rate=(1e-2,))
