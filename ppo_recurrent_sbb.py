@@ -255,7 +255,7 @@ def enjoy(args, weights):
         results.append(play(agent, envs, args, 1, args.seed + episode, show.get(render_mode, lambda: None))[:, 0])
         episode_return, length, success = results[-1]
         print(f"episode {episode + 1}: return {episode_return:.2f}, length {length:.0f}"
-              + ("" if np.isnan(success) else f", success {bool(success)}"))
+              + ("" if np.isnan(success) else f", success {success:.2f}"))
     returns, lengths, successes = np.array(results).T
     print(f"mean of {args.episodes}: return {returns.mean():.2f} +- {returns.std():.2f}, length {lengths.mean():.1f}"
           + ("" if np.isnan(successes).any() else f", success {successes.mean():.2f}"))

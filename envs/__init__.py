@@ -22,6 +22,10 @@ for env_id, module, name in [
     ("VisualMatchPassive-v0", "three_phases", "VisualMatchPassive"),
     ("VisualMatch-v0", "three_phases", "VisualMatch"),
     ("KeyToDoor-v0", "three_phases", "KeyToDoor"),
+    ("CountInput-v0", "count_input", "CountInput"),
+    ("PendulumMasked-v1", "pendulum", "PendulumMasked"),
+    ("PendulumSignFlip-v1", "pendulum", "PendulumSignFlip"),
+    ("TwoFlags-v0", "two_flags", "TwoFlags"),
 ]:
     gym.register(env_id, f"envs.{module}:{name}", vector_entry_point=f"envs.{module}:{name}Batch")
 

@@ -13,7 +13,7 @@ class BatchEnv(gym.vector.VectorEnv):
     A task sets its two single spaces and its arrays in __init__ and defines three methods:
 
         begin(rows)     draw new episodes for these rows (integer array), from self.np_random only
-        move(actions)   advance every row; returns reward [N] float, terminated, truncated, success [N] bool
+        move(actions)   advance every row; returns reward [N] float, terminated, truncated [N] bool, success [N] or None
         observe()       the observations, a new array [N, ...]
 
     `success` is reported in the info of an episode's last step. Episodes end as AutoresetMode.SAME_STEP says (the last
@@ -51,7 +51,7 @@ class BatchEnv(gym.vector.VectorEnv):
         reward, terminated, truncated, success = self.move(np.asarray(actions))
         obs, infos, done = self.observe(), {}, terminated | truncated
         if done.any():
-            infos = {"success": success, "_success": done}
+            infos = {} if success is None else {"success": success, "_success": done}
             if self.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP:
                 final_obs = np.full(self.num_envs, None, dtype=object)
                 for i in np.flatnonzero(done):
@@ -98,7 +98,7 @@ class SingleEnv(gym.Env):
 
     def step(self, action):
         obs, reward, terminated, truncated, infos = self.batch.step([action])
-        info = {"success": bool(infos["success"][0])} if infos else {}
+        info = {"success": infos["success"][0].item()} if "success" in infos else {}
         return obs[0], float(reward[0]), bool(terminated[0]), bool(truncated[0]), info
 
     def render(self):

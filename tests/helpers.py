@@ -9,12 +9,14 @@ SMALL = dict(env_id="PocMemory-v0", env_kwargs='{"max_steps": 11}', num_envs=4, 
 SMALL_PPO = dict(num_steps=32, num_minibatches=3, update_epochs=2, ent_coef=(1e-3,), vf_coef=0.1)
 SMALL_DQN = dict(train_every=32, learning_starts=64, replay_ratio=0.1, log_every=128, buffer_size=400, start_e=0.3, end_e=0.3)
 LENGTHS = dict(seq_len=5, batch_size=64, tape_len=64)
+SMALL_CONTINUOUS = dict(env_id="CountInput-v0", env_kwargs='{"episode_length": 11}', batch_size=8, policy_lr=(1e-2,),
+                        q_lr=(1e-2,), policy_learning_starts=64)
 
 
 def small(script, **changes):
     """Flags of a run of 384 steps, a row of progress.csv every 128, whose episodes end inside rollouts and inside segments.
     Changes to flags that the script does not have are left out."""
-    flags = SMALL | SMALL_PPO | SMALL_DQN | LENGTHS | changes
+    flags = SMALL | SMALL_PPO | SMALL_DQN | LENGTHS | (SMALL_CONTINUOUS if hasattr(script, "SequenceReplay") else {}) | changes
     return {name: value for name, value in flags.items() if hasattr(script.Args, name)}
 
 

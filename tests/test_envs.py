@@ -21,8 +21,17 @@ OURS = [("PocMemory-v0", {}), ("PocMemory-v0", {"freeze": False, "max_steps": 9}
         ("MinigridMemory-v0", {"rgb": False, "size": 13, "random_length": True}), ("TMazePassive-v0", {}),
         ("TMazeActive-v0", {"length": 5, "penalty": "wrong_action", "ambiguous_position": False, "add_timestep": True}),
         ("VisualMatchPassive-v0", {"distractor_length": 9}), ("KeyToDoor-v0", {"distractor_length": 30}),
-        ("VisualMatch-v0", {"colours_fixed": True, "distractor_length": 30})]
+        ("VisualMatch-v0", {"colours_fixed": True, "distractor_length": 30}), ("CountInput-v0", {"episode_length": 40}),
+        ("CountInput-v0", {"mode": "count_steps_since_last_input", "horizon": 4, "episode_length": 7}),
+        ("PendulumMasked-v1", {}), ("PendulumSignFlip-v1", {"max_steps": 60}), ("TwoFlags-v0", {"max_steps": 50})]
 ours = pytest.mark.parametrize("env_id, kwargs", OURS)
+
+
+def draw(rng, space, n):
+    """Random actions [n, ...] of a single action space."""
+    if isinstance(space, gym.spaces.Discrete):
+        return rng.integers(space.n, size=n)
+    return rng.uniform(space.low, space.high, (n, *space.shape)).astype(space.dtype)
 
 
 @ours
@@ -37,7 +46,7 @@ def test_same_seed_same_episodes_another_seed_others(env_id, kwargs):
         envs = gym.make_vec(env_id, 3, **kwargs)
         out, actions = [envs.reset(seed=seed)[0]], np.random.default_rng(0)
         for _ in range(150):
-            obs, reward, *_ = envs.step(actions.integers(envs.single_action_space.n, size=3))
+            obs, reward, *_ = envs.step(draw(actions, envs.single_action_space, 3))
             np.random.seed(len(out))                        # the global generator must not matter
             out += [obs, reward]
         return [x.tolist() for x in out]
@@ -57,14 +66,14 @@ def test_the_batch_equals_single_environments_step_by_step(env_id, kwargs):
                 getattr(env.unwrapped.batch, name)[...] = value[i : i + 1]
     actions, alive = np.random.default_rng(0), set(range(4))
     for _ in range(1000):
-        action = actions.integers(envs.single_action_space.n, size=4)
+        action = draw(actions, envs.single_action_space, 4)
         obs, reward, terminated, truncated, infos = envs.step(action)
         for i in sorted(alive):
             o, r, te, tr, info = singles[i].step(action[i])
             assert (r, te, tr) == (reward[i], terminated[i], truncated[i])
             if te or tr:                                    # from here on the batch plays its next episode
                 np.testing.assert_array_equal(o, infos["final_obs"][i])
-                assert info["success"] == infos["final_info"]["success"][i]
+                assert info == {k: infos["final_info"][k][i] for k in info} and ("success" in infos["final_info"]) == bool(info)
                 alive.discard(i)
             else:
                 np.testing.assert_array_equal(o, obs[i])
@@ -75,7 +84,8 @@ def test_the_batch_equals_single_environments_step_by_step(env_id, kwargs):
 def test_a_saved_batch_continues_to_the_bit(env_id, kwargs):
     envs, copy = gym.make_vec(env_id, 3, **kwargs), gym.make_vec(env_id, 3, **kwargs)
     envs.reset(seed=1), copy.reset(seed=2)
-    actions = np.random.default_rng(0).integers(2, size=(300, 3))
+    rng = np.random.default_rng(0)
+    actions = [draw(rng, envs.single_action_space, 3) for _ in range(300)]
     for a in actions[:40]:
         envs.step(a)
     copy.load_state_dict(envs.state_dict())
@@ -214,11 +224,13 @@ def test_minigrid_memory_draws_what_the_engine_draws():
 @pytest.mark.parametrize("env_id", sorted({env_id for env_id, _ in OURS} - {"VisualMatchPassive-v0"}))
 def test_rendering(env_id):
     for mode, kind in (("ansi", str), ("rgb_array", np.ndarray)):
-        env = gym.make(env_id, render_mode=mode)
+        env, rng = gym.make(env_id, render_mode=mode), np.random.default_rng(0)
         env.reset(seed=0)
         frames = [env.render()]
-        for t in range(6):
-            env.step(t % env.action_space.n)
+        for t in range(30):
+            _, _, terminated, truncated, _ = env.step(draw(rng, env.action_space, 1)[0])
+            if terminated or truncated:
+                break
             frames.append(env.render())
         assert all(isinstance(frame, kind) for frame in frames) and any(np.any(frame != frames[0]) for frame in frames)
     assert frames[0].dtype == np.uint8 and frames[0].ndim == 3 and frames[0].shape[2] == 3

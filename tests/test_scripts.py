@@ -16,15 +16,23 @@ import dqn_recurrent_tbb
 import ppo_recurrent_sbb
 import ppo_recurrent_tbb
 import sac_discrete_sbb
+import sac_gru
+import td3_gru
 from tests.helpers import column, comparable, planted, run, small, weights_of
 
 PPO = ppo_recurrent_sbb, ppo_recurrent_tbb
 DQN = dqn_recurrent_sbb, dqn_recurrent_tbb
-OFF_POLICY = *DQN, sac_discrete_sbb
+CONTINUOUS = sac_gru, td3_gru
+OFF_POLICY = *DQN, sac_discrete_sbb, *CONTINUOUS
 
 
 @pytest.fixture(params=[*PPO, *OFF_POLICY], ids=lambda module: module.__name__)
 def script(request):
+    return request.param
+
+
+@pytest.fixture(params=[*PPO, *DQN, sac_discrete_sbb], ids=lambda module: module.__name__)
+def of_discrete_actions(request):
     return request.param
 
 
@@ -68,7 +76,8 @@ def test_resume_drops_rows_after_the_checkpoint(script, tmp_path):
 
 
 def test_other_peoples_tasks_and_another_number_of_environments_resume_with_new_episodes(script, tmp_path, capsys):
-    changes = dict(env_id="popgym-RepeatPreviousEasy-v0", env_kwargs="{}", prev_action=True)
+    task = "PositionOnlyPendulum" if script in CONTINUOUS else "RepeatPrevious"
+    changes = dict(env_id=f"popgym-{task}Easy-v0", env_kwargs="{}", prev_action=True)
     _, folder = run(tmp_path, script, **changes)
     rows, folder = run(tmp_path, script, resume=str(folder), total_timesteps=4 * 32 * 4, **changes)
     assert column(rows, "global_step") == [128, 256, 384, 512]
@@ -103,7 +112,8 @@ def wait_for(path, seconds=120):
 
 def test_ctrl_c_saves_and_exits_0_and_sigkill_leaves_only_whole_files(script, tmp_path, run_script):
     def start(*more):
-        flags = small(script, learning_rate="1e-2", ent_coef="1e-3", total_timesteps=10**8, checkpoint_every=128)
+        flags = small(script, learning_rate="1e-2", policy_lr="1e-2", q_lr="1e-2", ent_coef="1e-3", total_timesteps=10**8,
+                      checkpoint_every=128)
         flags = [x for k, v in flags.items() for x in (f"--{k.replace('_', '-')}", v)]
         return run_script(f"{script.__name__}.py", *flags, *more)
 
@@ -139,13 +149,14 @@ def test_enjoy(script, tmp_path, capsys):
     _, folder = run(tmp_path, script, prev_action=True)
     script.main(["--model", str(folder / "model.safetensors"), "--episodes", "2"])
     out = capsys.readouterr().out
-    assert "A" in out and "episode 2: return" in out and "success" in out       # text frames by default
+    assert ("hits" if script in CONTINUOUS else "A") in out and "episode 2: return" in out and "success" in out   # text frames
     script.main(["--model", str(folder / "model.safetensors"), "--episodes", "1", "--render-mode", "rgb_array"])
     assert (folder / "model.gif").stat().st_size > 0
     with pytest.raises(SystemExit):
-        script.main(["--model", str(folder / "model.safetensors"), "--render-mode", "ansi", "--env-id", "CartPole-v1",
-                  "--env-kwargs", "{}"])
-    assert "--render-mode ansi is not one of CartPole-v1's: human, rgb_array" in capsys.readouterr().err
+        other = "Pendulum-v1" if script in CONTINUOUS else "CartPole-v1"
+        script.main(["--model", str(folder / "model.safetensors"), "--render-mode", "ansi", "--env-id", other,
+                     "--env-kwargs", "{}"])
+    assert f"--render-mode ansi is not one of {other}'s: human, rgb_array" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("env_id", ["popgym-RepeatPreviousEasy-v0", "popgym-AutoencodeEasy-v0", "popgym-CountRecallEasy-v0",
@@ -153,10 +164,10 @@ def test_enjoy(script, tmp_path, capsys):
                                     "CartPoleMasked-v0"])
 def test_every_kind_of_task_trains_and_plays(script, tmp_path, env_id, capsys):
     task = dict(env_id=env_id, env_kwargs="{}", prev_action=True, prev_reward=True, eval_every=128, eval_episodes=2)
-    if script in OFF_POLICY and "Pendulum" in env_id:
+    if script in OFF_POLICY and ("Pendulum" in env_id) != (script in CONTINUOUS):
         with pytest.raises(SystemExit):
             run(tmp_path, script, **task)
-        assert "action space Box" in capsys.readouterr().err
+        assert "action space" in capsys.readouterr().err
         return
     rows, folder = run(tmp_path, script, **task)
     assert column(rows, "eval/episodic_return") and max(column(rows, "debug/first_logratio") if script in PPO else [0]) < 1e-4
@@ -165,12 +176,16 @@ def test_every_kind_of_task_trains_and_plays(script, tmp_path, env_id, capsys):
 
 
 @pytest.mark.parametrize("kwargs", ['{"max_steps": 30}', '{"max_steps": 30, "rgb": false}'])
-def test_images_and_symbols_train(script, tmp_path, kwargs):
+def test_images_and_symbols_train(of_discrete_actions, tmp_path, kwargs):
+    script, name, most = of_discrete_actions, "losses/grad_norm", 10
+    if script in PPO:
+        name, most = "debug/first_logratio", 1e-5
     rows, _ = run(tmp_path, script, env_id="MinigridMemory-v0", env_kwargs=kwargs, encoder_size=16)
-    assert max(column(rows, "debug/first_logratio" if script in PPO else "losses/grad_norm")) < (1e-5 if script in PPO else 10)
+    assert max(column(rows, name)) < most
 
 
-def test_mortar_mayhem_grid_runs_with_reset_options(script, tmp_path):
+def test_mortar_mayhem_grid_runs_with_reset_options(of_discrete_actions, tmp_path):
+    script = of_discrete_actions
     pytest.importorskip("memory_gym", reason="pip install --no-deps memory-gym==1.0.2")
     rows, _ = run(tmp_path, script, env_id="MortarMayhem-Grid-v0", env_kwargs="{}", num_envs=2, num_minibatches=2,
                   total_timesteps=128, num_steps=64, reset_options='{"command_count": [2], "explosion_delay": [2]}')
@@ -188,7 +203,6 @@ BAD = {
     '--reset-options {"size":1}': "no reset options",
     "--num-envs -1": "--num-envs",
     "--hidden-size 0": "--hidden-size",
-    "--learning-rate 1 1 1 1 1": "--learning-rate",
     "--total-timesteps 10": "--total-timesteps",
     "--seed -1": "--seed",
     "--device warp": "--device",
@@ -199,8 +213,6 @@ BAD = {
     "--model nowhere.safetensors": "does not exist",
     "--model README.md": "cannot be read",
     "--resume nowhere": "does not exist",
-    "--learning-rate -1": "--learning-rate",
-    "--learning-rate nan": "--learning-rate",
     "--gamma nan": "--gamma",
     "--gamma 1.5": "--gamma",
     "--seed 99999999999999999999": "--seed",
@@ -208,6 +220,12 @@ BAD = {
     '--env-id MinigridMemory-v0 --env-kwargs {"size":8}': "--env-kwargs",
     '--env-kwargs {"max_steps":"ten"}': "--env-kwargs",
     "--run-name taken": "--run-name",
+}
+BAD_DISCRETE = {
+    "--learning-rate 1 1 1 1 1": "--learning-rate",
+    "--learning-rate -1": "--learning-rate",
+    "--learning-rate nan": "--learning-rate",
+    "--env-id popgym-PositionOnlyPendulumEasy-v0": "action space",
 }
 BAD_PPO = {
     "--num-minibatches 1000": "do not fit",
@@ -220,7 +238,6 @@ BAD_OFF_POLICY = {
     "--buffer-size 1000000000000": "GiB of memory",
     "--replay-ratio -1": "--replay-ratio",
     "--tau 2": "--tau",
-    "--env-id popgym-PositionOnlyPendulumEasy-v0": "action space",
 }
 BAD_DQN = {
     "--start-e 2": "--start-e",
@@ -238,19 +255,42 @@ BAD_SAC = {
     "--target-entropy 0.5 --alpha 0": "--alpha",
     "--no-freeze-critic": "--shared-encoder",
 }
-EVERY_BAD = BAD | BAD_PPO | BAD_OFF_POLICY | BAD_DQN | BAD_SBB | BAD_SAC | {"--tape-len 0": "--tape-len"}
+BAD_CONTINUOUS = {
+    "--env-id PocMemory-v0": "action space",
+    "--policy-lr 1 1 1 1 1": "--policy-lr",
+    "--q-lr -1": "--q-lr",
+    "--q-lr nan": "--q-lr",
+    "--seq-len 0": "--seq-len",
+    "--nominal-seq-length-probability 2": "--nominal-seq-length-probability",
+    "--wipe-state-every -1": "--wipe-state-every",
+    "--policy-frequency 0": "--policy-frequency",
+    '--env-id CountInput-v0 --env-kwargs {"mode":"count"}': "count_input",
+}
+BAD_OWN = {
+    (dqn_recurrent_tbb, "--tape-len 0"): "--tape-len",
+    (sac_gru, "--alpha 0"): "--alpha",
+    (sac_gru, "--alpha-lr -1"): "--alpha-lr",
+    (sac_gru, "--target-entropy nan"): "--target-entropy",
+    (td3_gru, "--policy-noise -1"): "--policy-noise",
+    (td3_gru, "--noise-clip nan"): "--noise-clip",
+    (td3_gru, "--policy-tau 2"): "--policy-tau",
+}
+EVERY_BAD = (BAD | BAD_DISCRETE | BAD_PPO | BAD_OFF_POLICY | BAD_DQN | BAD_SBB | BAD_SAC | BAD_CONTINUOUS
+             | {flags: says for (_, flags), says in BAD_OWN.items()})
 
 
 @pytest.mark.parametrize("script, flags", [
     *itertools.product((*PPO, *OFF_POLICY), BAD), *itertools.product(PPO, BAD_PPO), *itertools.product(DQN, BAD_DQN),
     *itertools.product(OFF_POLICY, BAD_OFF_POLICY), *itertools.product((dqn_recurrent_sbb, sac_discrete_sbb), BAD_SBB),
-    *itertools.product((sac_discrete_sbb,), BAD_SAC), (dqn_recurrent_tbb, "--tape-len 0"),
+    *itertools.product((sac_discrete_sbb,), BAD_SAC), *itertools.product((*DQN, sac_discrete_sbb), BAD_DISCRETE),
+    *itertools.product(PPO, [flags for flags in BAD_DISCRETE if "lr" not in flags and "env-id" not in flags]),
+    *itertools.product(CONTINUOUS, BAD_CONTINUOUS), *BAD_OWN,
 ], ids=lambda x: getattr(x, "__name__", x))
 def test_bad_input_is_one_sentence_and_leaves_nothing(script, tmp_path, capsys, flags):
     says = EVERY_BAD[flags]
     (tmp_path / "taken").mkdir()
     with pytest.raises(SystemExit) as stop:
-        task = [] if "--env-id" in flags else ["--env-id", "PocMemory-v0"]
+        task = [] if "--env-id" in flags else ["--env-id", "PendulumMasked-v1" if script in CONTINUOUS else "PocMemory-v0"]
         script.main(["--runs-dir", str(tmp_path), *task, *flags.split()])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and says in error and "Traceback" not in error
@@ -276,8 +316,8 @@ def test_files_of_others_are_refused(script, tmp_path, capsys):
     for metadata in ({"script": script.__name__}, {"script": script.__name__, "args": "{"}, {}):
         safetensors.torch.save_file({"w": torch.zeros(2)}, model, metadata)
         assert "cannot be read" in refused("--model", str(model))
-    safetensors.torch.save_file({"w": torch.zeros(2)}, model, {"script": "sac_gru", "args": "{}"})
-    assert "sac_gru" in refused("--model", str(model))
+    safetensors.torch.save_file({"w": torch.zeros(2)}, model, {"script": "ppo_gtrxl", "args": "{}"})
+    assert "ppo_gtrxl" in refused("--model", str(model))
     model.write_bytes(data)
     assert "other sizes" in refused("--model", str(model), "--hidden-size", "9")
     assert "other sizes" in refused("--resume", str(folder), "--hidden-size", "9", "--total-timesteps", "1000")
@@ -292,7 +332,8 @@ def test_files_of_others_are_refused(script, tmp_path, capsys):
 
 
 def test_a_loss_that_is_not_finite_is_named(script, tmp_path):
-    good = "loss = pg_loss -" if script in PPO else "loss = (error" if script in DQN else "loss = qf_loss /"
+    good = {ppo_recurrent_sbb: "loss = pg_loss -", ppo_recurrent_tbb: "loss = pg_loss -", dqn_recurrent_sbb: "loss = (error",
+            dqn_recurrent_tbb: "loss = (error", sac_discrete_sbb: "loss = qf_loss /"}.get(script, "qf_loss = F.mse")
     with pytest.raises(SystemExit, match="not finite at step (96|128); the last checkpoint is"):
         run(tmp_path, planted(tmp_path, script, (good, good.replace("= ", "= float('nan') * "))))
     assert all(w.isfinite().all() for w in weights_of(script, tmp_path / "run").values())

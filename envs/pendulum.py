@@ -1,0 +1,72 @@
+"""PendulumMasked-v1 and PendulumSignFlip-v1: Gymnasium's Pendulum-v1 (200 steps), of which something must be remembered.
+
+Masked: the observation is [cos, sin], without the velocity, which two observations tell. SignFlip: in every second episode, by
+a coin, the torque acts the other way round; the observation is [cos, sin, velocity, last action] and the sign must be found
+out and kept, so that learning within the episode is learned. Reward and return are Pendulum-v1's (about -150 is good).
+"""
+import gymnasium as gym
+import numpy as np
+from gymnasium.envs.classic_control import PendulumEnv
+
+from envs.batch import BatchEnv, SingleEnv
+
+
+class PendulumMaskedBatch(BatchEnv):
+    high = (1.0, 1.0)                                       # of the observation
+
+    def __init__(self, num_envs=1, max_steps=200, **kwargs):
+        self.pendulum = PendulumEnv(render_mode="rgb_array")                # its constants, action space and drawing
+        high = np.array(self.high, np.float32)
+        super().__init__(gym.spaces.Box(-high, high), self.pendulum.action_space, num_envs, **kwargs)
+        if not isinstance(max_steps, int) or max_steps < 1:
+            raise ValueError(f"max_steps must be a whole number of 1 or more, not {max_steps}")
+        self.max_steps = max_steps
+        self.t, self.sign = np.zeros(num_envs, int), np.ones(num_envs, int)                            # [N] each
+        self.theta, self.velocity, self.action = (np.zeros(num_envs) for _ in range(3))                # [N] rad, rad/s, Nm
+
+    def begin(self, rows):
+        self.t[rows], self.action[rows] = 0, 0
+        self.theta[rows], self.velocity[rows] = self.np_random.uniform([[-np.pi], [-1]], [[np.pi], [1]], (2, len(rows)))
+
+    def move(self, actions):
+        """Gymnasium's PendulumEnv.step with its constants: semi-implicit Euler, 50 ms."""
+        p = self.pendulum
+        self.action = actions[:, 0].astype(float).clip(-p.max_torque, p.max_torque)
+        angle = (self.theta + np.pi) % (2 * np.pi) - np.pi                  # 0 is upright
+        reward = -(angle**2 + 0.1 * self.velocity**2 + 0.001 * self.action**2)
+        acceleration = 3 * p.g / (2 * p.l) * np.sin(self.theta) + 3 / (p.m * p.l**2) * self.sign * self.action
+        self.velocity = (self.velocity + acceleration * p.dt).clip(-p.max_speed, p.max_speed)
+        self.theta = self.theta + self.velocity * p.dt
+        self.t = self.t + 1
+        truncated = self.t == self.max_steps
+        return reward, np.zeros_like(truncated), truncated, None
+
+    def observe(self):
+        return np.array([np.cos(self.theta), np.sin(self.theta)], np.float32).T                        # [N, 2]
+
+    def text(self, i):
+        return f"step {self.t[i]:3d}   {np.degrees(self.theta[i]) % 360:5.1f} deg   torque {self.action[i]:+.2f} Nm"
+
+    def picture(self, i):
+        self.pendulum.state, self.pendulum.last_u = (self.theta[i], self.velocity[i]), self.action[i]
+        return self.pendulum.render()
+
+
+class PendulumSignFlipBatch(PendulumMaskedBatch):
+    high = (1.0, 1.0, 8.0, 2.0)
+
+    def begin(self, rows):
+        super().begin(rows)
+        self.sign[rows] = 2 * self.np_random.integers(2, size=len(rows)) - 1
+
+    def observe(self):
+        return np.array([np.cos(self.theta), np.sin(self.theta), self.velocity, self.action], np.float32).T            # [N, 4]
+
+
+class PendulumMasked(SingleEnv):
+    metadata = {**SingleEnv.metadata, "render_fps": 30}
+    batch_class = PendulumMaskedBatch
+
+
+class PendulumSignFlip(PendulumMasked):
+    batch_class = PendulumSignFlipBatch
