@@ -93,56 +93,6 @@ class GRU(RNN):
 
     layer, cell, kinds = nn.GRU, staticmethod(torch.gru_cell), 1
 
-    def sequence(self, x, state):
-        if x.is_cuda:
-            return super().sequence(x, state)
-        after = ()
-        for h, weights in zip(state, self.rnn.all_weights):
-            x = GRULayer.apply(x, h, *weights)
-            after += (x[-1],)
-        return x, after
-
-
-class GRULayer(torch.autograd.Function):
-    """One layer of nn.GRU on a sequence, with a backward of its own.   x [T, B, F], h [B, H] -> y [T, B, H]
-
-    PERF: on the CPU torch records some 15 operations a step for nn.GRU's backward. Given y, all gates are known again by one
-    product for all steps, and only dh_t needs a loop, of four operations. Forward and backward of [50, 32, 32]: a third.
-
-        r, z = sigmoid(...)   n = tanh(W_in x + b_in + r q)   q = W_hn h + b_hn   h' = (1 - z) n + z h
-    """
-
-    @staticmethod
-    def forward(ctx, x, h, *weights):
-        y, _ = torch.gru(x, h[None], weights, True, 1, 0.0, False, False, False)
-        ctx.save_for_backward(x, h, y, *weights)
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_y):
-        x, h, y, w_ih, w_hh, b_ih, b_hh = ctx.saved_tensors
-        before, H = torch.cat([h[None], y[:-1]]), h.shape[1]                                # [T, B, H]
-        gates, of_h = F.linear(x, w_ih, b_ih), F.linear(before, w_hh, b_hh)                 # [T, B, 3H]
-        q = of_h[..., 2 * H :]
-        r, z = gates[..., : 2 * H].add_(of_h[..., : 2 * H]).sigmoid_().chunk(2, dim=-1)     # [T, B, H] each
-        n = gates[..., 2 * H :].addcmul_(r, q).tanh_()
-        # derivatives of h' by what enters the three gates; to n, what comes from h passes through r
-        d_n = (1 - z) * (1 - n * n)
-        torch.mul((d_n * q).mul_(r), 1 - r, out=of_h[..., :H])
-        torch.mul((before - n).mul_(z), 1 - z, out=of_h[..., H : 2 * H])
-        torch.mul(d_n, r, out=of_h[..., 2 * H :])
-        grads, grad_h = [], torch.zeros_like(h)
-        for g, z_t, d in zip(*(reversed(s.unbind()) for s in (grad_y, z, of_h.unflatten(-1, (3, H))))):
-            grad = g + grad_h                                                               # [B, H] all that reaches h_t
-            grads.append(grad)
-            grad_h = torch.addmm(grad * z_t, (d * grad[:, None]).flatten(1), w_hh)
-        grads = torch.stack(grads[::-1])                                                    # [T, B, H]
-        of_h.unflatten(-1, (3, H)).mul_(grads[:, :, None])
-        of_x = torch.cat([of_h[..., : 2 * H], d_n.mul_(grads)], dim=-1)
-        return (of_x @ w_ih, grad_h, of_x.flatten(0, 1).T @ x.flatten(0, 1), of_h.flatten(0, 1).T @ before.flatten(0, 1),
-                of_x.sum((0, 1)), of_h.sum((0, 1)))
-
 
 class LSTM(RNN):
     """Long short-term memory (Hochreiter and Schmidhuber 1997)."""
