@@ -85,7 +85,7 @@ def test_the_readmes_commands_run_one_after_the_other(tmp_path, monkeypatch):
         args = tyro.cli(SCRIPTS[script].Args, args=argv)
         if args.model:
             SCRIPTS[script].main([*argv, "--episodes", "1"])
-            assert (tmp_path / args.model).with_suffix(".gif").exists()
+            assert (tmp_path / args.model).with_suffix(".gif").exists() == (args.render_mode == "rgb_array")
         else:
             steps = args.num_envs * args.num_steps if "ppo" in script else args.train_every
             SCRIPTS[script].main([*argv, "--total-timesteps", str((3 if args.resume else 2) * steps)])
