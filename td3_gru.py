@@ -61,14 +61,14 @@ class Args:
     device: str = "auto"  # auto (cuda if there is one), cpu, cuda, cuda:1
     num_threads: int = 1  # torch threads; more than one pays for images
     num_envs: int = 16  # N
-    total_timesteps: int = 100_000  # environment steps
+    total_timesteps: int = 60_000  # environment steps
 
     memory: Literal[tuple(MEMORIES)] = "gru"  # the memory model
     hidden_size: int = 64  # H, of the memory
     num_layers: int = 1  # of the memory
     memory_kwargs: str = "{}"  # JSON, passed to the memory's layers, as '{"state_size": 32}' for the lru
     encoder_size: int = 0  # linear layer with ReLU between observation features and memory; 0: none
-    mlp_size: int = 64  # hidden layer of the policy and of each critic
+    mlp_size: int = 128  # hidden layer of the policy and of each critic
     prev_action: bool = True  # feed the previous action to the memory
     prev_reward: bool = False  # feed the previous reward to the memory
 
@@ -78,8 +78,8 @@ class Args:
     train_every: int = 64  # environment steps between two visits to the replay
     replay_ratio: float = 0.1  # gradient steps of the critics per environment step
     policy_frequency: int = 2  # gradient steps of the critics to one of the policy
-    batch_size: int = 32  # S, sequences of an update
-    seq_len: int = 50  # L, steps of a sequence at most
+    batch_size: int = 64  # S, sequences of an update
+    seq_len: int = 20  # L, steps of a sequence at most
     always_sample_from_initial_state: bool = False  # sequences begin where their episode begins
     random_seq_length: bool = True  # of 1 to L steps; otherwise of L, or to the end of the episode
     nominal_seq_length_probability: float = 0.5  # share of the random lengths that are L, the others are uniform
@@ -91,12 +91,12 @@ class Args:
     policy_noise: float = 0.2  # and to the targets' actions
     noise_clip: float = 0.5  # which is clipped to so much
     policy_lr: tuple[float, ...] = (1e-3,)  # schedule: initial [final [power [decay-steps]]]
-    q_lr: tuple[float, ...] = (1e-3,)  # of the critics
-    gamma: float = 0.99  # discount
+    q_lr: tuple[float, ...] = (2e-3,)  # of the critics
+    gamma: float = 0.98  # discount
     tau: float = 0.01  # share of the critics that goes into their targets; 1: periodic copies
     policy_tau: float = 0.01  # share of the policy that goes into its target
     target_network_frequency: int = 2  # gradient steps between two updates of the targets
-    max_grad_norm: float = 1.0  # gradient clipping, of the policy and of the critics
+    max_grad_norm: float = 100.0  # gradient clipping, of the policy and of the critics
 
     log_every: int = 1_000  # environment steps between rows of progress.csv
     eval_every: int = 0  # environment steps between evaluations without noise; 0: none
@@ -168,7 +168,7 @@ class Critics(nn.Module):
         return self.memory(obs, self.memory.initial_state(start.shape[1]), start)[0]
 
     def forward(self, h, action):
-        """Both critics' values, [..., ] each.   h [..., H], action [..., A]"""
+        """Both critics' values, [...] each.   h [..., H], action [..., A]"""
         x = torch.cat([h, action], dim=-1)
         return self.q1(x).squeeze(-1), self.q2(x).squeeze(-1)
 
@@ -199,7 +199,8 @@ class Agent(nn.Module):
         return self.to_env(action[0]), state
 
     def to_env(self, action):
-        return self.low + (action.cpu().numpy() + 1) / 2 * (self.high - self.low)
+        """[-1, 1] -> the bounds of the action space; numpy."""
+        return (self.low + (action.cpu().numpy() + 1) / 2 * (self.high - self.low)).clip(self.low, self.high)
 
 
 class SequenceReplay:

@@ -28,7 +28,8 @@ class Args:
 # what an entry's `measure` says: the column of progress.csv, and what to write at the axis
 MEASURES = {"return": ("charts/episodic_return", "return, mean of 100 episodes"),
             "success": ("charts/success", "success, mean of 100 episodes"),
-            "eval": ("eval/episodic_return", "return of the greedy policy")}
+            "eval": ("eval/episodic_return", "return of the greedy policy"),
+            "eval-success": ("eval/success", "success of the greedy policy")}
 
 
 def read(path, measure):
