@@ -652,7 +652,7 @@ def train(args, checkpoint=None):
                 if not args.include_first_step_in_targets:
                     known_obs, known_starts = tuple(o[1:] for o in seq_obs), starts[:-1]
                     next_actions, next_logprobs = agent.pi(known_obs, state_0, known_starts)[0].rsample()
-                next_h = target.histories(known_obs, known_starts)[-len(rewards) :]      # [L, S, H]
+                next_h = target.histories(known_obs, known_starts)[-len(rewards) :]         # [L, S, H]
                 values = torch.minimum(*target(next_h, next_actions))                       # [L, S]
                 # KNOWN BUG (rl_tools sac operations_generic.h): the value is of step t + 1, the log-probability beside it of t.
                 #   Symptom: soft values of no policy. Here: both are of t + 1.
@@ -672,7 +672,7 @@ def train(args, checkpoint=None):
             qf_grad_norm = nn.utils.clip_grad_norm_(q_parameters, args.max_grad_norm)
             optimizers["q_lr"].step()
 
-            # --- policy: the gradient goes through a~_t only, the critics' histories stay as they were.
+            # --- policy: the gradient goes through a~_t only; the critics' histories are those of above, one step old.
             actor_loss = actor_grad_norm = torch.tensor(torch.nan)
             if policy_learns:
                 q = torch.minimum(*agent.critics(h.detach(), new_actions[:-1]))

@@ -633,7 +633,7 @@ def train(args, checkpoint=None):
             qf_grad_norm = nn.utils.clip_grad_norm_(q_parameters, args.max_grad_norm)
             optimizers["q_lr"].step()
 
-            # --- policy: the gradient goes through its actions only, the critics' histories stay as they were.
+            # --- policy: the gradient goes through its actions only; the critics' histories are those of above, one step old.
             actor_loss = actor_grad_norm = torch.tensor(torch.nan)
             if policy_learns:
                 new_actions, _ = agent.pi(seq_obs, state_0, starts)                         # [L + 1, S, A]
