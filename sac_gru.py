@@ -65,7 +65,7 @@ class Args:
     device: str = "auto"  # auto (cuda if there is one), cpu, cuda, cuda:1
     num_threads: int = 1  # torch threads; more than one pays for images
     num_envs: int = 16  # N
-    total_timesteps: int = 60_000  # environment steps
+    total_timesteps: int = 100_000  # environment steps
 
     memory: Literal[tuple(MEMORIES)] = "gru"  # the memory model
     hidden_size: int = 64  # H, of the memory
