@@ -107,6 +107,7 @@ def with_tables(readme, results):
     for name, file, table in (("results", "table.csv", readme_table), ("popgym", "popgym-table.csv", grid_table),
                               ("dqn", "dqn-table.csv", grid_table), ("dqn-variants", "dqn-variants-table.csv", grid_table),
                               ("tmaze-length", "tmaze-length-table.csv", grid_table),
+                              ("off-policy-60", "off-policy-60-table.csv", grid_table),
                               ("dqn-speed", "dqn-speed.csv", dqn_speed_table),
                               ("speed", "speed.csv", speed_table), ("layers", "layers.csv", layer_table)):
         begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
