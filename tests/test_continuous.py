@@ -17,7 +17,8 @@ from tests.helpers import column, run
 from tests.test_dqn import probed
 from tests.test_replay import SIZES, World
 
-COUNT = dict(env_id="CountInput-v0", env_kwargs='{"episode_length": 11}', seq_len=6, batch_size=8, policy_learning_starts=0)
+COUNT = dict(env_id="CountInput-v0", env_kwargs='{"episode_length": 11}', seq_len=6, batch_size=8, gamma=0.99,
+             policy_learning_starts=0)
 
 
 @pytest.fixture(params=[sac, td3], ids=lambda module: module.__name__)
