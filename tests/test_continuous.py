@@ -389,8 +389,8 @@ def test_a_cue_needs_the_first_step_in_targets(script, tmp_path):
 
 @pytest.mark.parametrize("memory, low, high", [("gru", -12, 0), ("lru", -12, 0), ("none", -80, -14)])
 def test_it_learns_what_needs_memory_and_not_without(script, tmp_path, memory, low, high):
-    """Ones among the last three bits, for 30 steps. Who knows the newest bit only is wrong by half a one a step: -15. (With the
-    previous action such an agent knows more: it writes itself notes.)"""
+    """Ones among the last three bits, for 30 steps. Who knows the newest bit only is wrong by half a one a step: -15. The
+    previous action could carry what was seen, so the agent without memory does not get it."""
     rows, _ = run(tmp_path, script, env_id="CountInput-v0", env_kwargs='{"horizon": 3, "divisor": 3, "episode_length": 30}',
                   memory=memory, prev_action=memory != "none", gamma=0.0, hidden_size=32, mlp_size=32, seq_len=15,
                   batch_size=32, num_envs=16, train_every=64, replay_ratio=0.1, learning_starts=1_000, exploration_noise=0.3,
