@@ -1,8 +1,8 @@
 """Recurrent SAC for continuous actions: a policy and two critics with memory, on sequences that begin anywhere in an episode.
 
     python sac_gru.py                                                     trains PendulumMasked-v1
-    python sac_gru.py --env-id CountInput-v0 --gamma 0                    counts the ones among the last ten bits
-    python sac_gru.py --memory lru                                        any registered memory
+    python sac_gru.py --memory lru                                        with any registered memory
+    python sac_gru.py --env-id CountInput-v0 --gamma 0 --memory lru       counts the ones among the last ten bits
     python sac_gru.py --model runs/.../model.safetensors                  watches the trained agent
     tensorboard --logdir runs                                             draws the curves
 
@@ -162,7 +162,7 @@ def mlp(in_size, args, out_size, gain):
 
 
 class SquashedGaussian:
-    """a = tanh(u), u ~ N(mean, std), with its own derivatives: rsample() gives a and log pi(a).   mean, log_std: [..., A]"""
+    """a = tanh(u) with u ~ N(mean, std).   mean, log_std: [..., A]"""
 
     def __init__(self, mean, log_std):
         self.mean, self.log_std = mean, log_std.clamp(-20, 2)
@@ -171,8 +171,8 @@ class SquashedGaussian:
         """Returns the action [..., A] and its log-probability [...], both with a gradient."""
         noise = torch.randn_like(self.mean)
         u = self.mean + self.log_std.exp() * noise
-        # PITFALL: log(1 - tanh(u)^2) is -inf from u = 9 on, and log(... + 1e-6) has a gradient that is wrong from u = 7 on.
-        #   Symptom: entropy without bounds, an alpha that never settles. Here: 2 (log 2 - u - softplus(-2u)), which is exact.
+        # PITFALL: log(1 - tanh(u)^2) is -inf from u = 9 on, and log(... + 1e-6) has no gradient there, a wrong one from 7 on.
+        #   Symptom: an infinite loss, or actions at their bounds that entropy cannot pull back. Here: exact for every u.
         #   Test: test_continuous.py::test_log_probabilities_are_those_of_the_squashed_normal.
         logp = -(noise**2) / 2 - self.log_std - math.log(2 * math.pi) / 2 - 2 * (math.log(2) - u - F.softplus(-2 * u))
         return u.tanh(), logp.sum(-1)

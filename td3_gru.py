@@ -1,8 +1,7 @@
 """Recurrent TD3 for continuous actions: a policy and two critics with memory, on sequences that begin anywhere in an episode.
 
     python td3_gru.py                                                     trains PendulumMasked-v1
-    python td3_gru.py --env-id CountInput-v0 --gamma 0                    counts the ones among the last ten bits
-    python td3_gru.py --memory lru                                        any registered memory
+    python td3_gru.py --memory lru                                        with any registered memory
     python td3_gru.py --model runs/.../model.safetensors                  watches the trained agent
     tensorboard --logdir runs                                             draws the curves
 

@@ -48,8 +48,9 @@ def readme_table(rows):
         steps = sorted(int(row["steps_to_level"]) for row in runs if row["steps_to_level"])
         last = sorted(float(row["last"]) for row in runs)
         reached = f"{steps[0]:,} to {steps[-1]:,}" if steps else "-"
+        lengths = " or ".join(f"{n:,}" for n in sorted({int(row["steps"]) for row in runs}))
         out.append(f"| `{name}` | {runs[0]['measure']} >= {runs[0]['level']} | {len(steps)} of {len(runs)} | {reached} | "
-                   f"{last[0]:.4g} to {last[-1]:.4g} after {int(runs[0]['steps']):,} steps |")
+                   f"{last[0]:.4g} to {last[-1]:.4g} after {lengths} steps |")
     return "\n".join(out) + "\n"
 
 

@@ -7,6 +7,13 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
 
+def check_whole(**arguments):
+    """Raises ValueError unless each is a whole number of 1 or more."""
+    for name, value in arguments.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number of 1 or more, not {value}")
+
+
 class BatchEnv(gym.vector.VectorEnv):
     """N environments that step together.
 

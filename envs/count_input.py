@@ -14,7 +14,7 @@ Returns of 2000 steps with a horizon of 10: the best constant answer -1933, who 
 import gymnasium as gym
 import numpy as np
 
-from envs.batch import BatchEnv, SingleEnv
+from envs.batch import BatchEnv, SingleEnv, check_whole
 
 MODES = ("count_input", "count_steps_since_last_input")
 
@@ -24,9 +24,7 @@ class CountInputBatch(BatchEnv):
                  **kwargs):
         if mode not in MODES:
             raise ValueError(f'mode must be "{MODES[0]}" or "{MODES[1]}", not "{mode}"')
-        for name, value in (("horizon", horizon), ("episode_length", episode_length)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number of 1 or more, not {value}")
+        check_whole(horizon=horizon, episode_length=episode_length)
         if divisor <= 0:
             raise ValueError(f"divisor must be positive, not {divisor}")
         self.p = input_probability if input_probability is not None else 0.5 if horizon <= 4 else 2 / horizon

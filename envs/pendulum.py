@@ -1,14 +1,14 @@
 """PendulumMasked-v1 and PendulumSignFlip-v1: Gymnasium's Pendulum-v1 (200 steps), of which something must be remembered.
 
-Masked: the observation is [cos, sin], without the velocity, which two observations tell. SignFlip: in every second episode, by
-a coin, the torque acts the other way round; the observation is [cos, sin, velocity, last action] and the sign must be found
-out and kept, so that learning within the episode is learned. Reward and return are Pendulum-v1's (about -150 is good).
+Masked: the observation is [cos, sin], without the velocity, which two observations tell. SignFlip: in half of the episodes, by the
+toss of a coin, the torque acts the other way round; the observation is [cos, sin, velocity, last action] and the sign must be
+found out and kept, so that learning within the episode is learned. Reward and return are Pendulum-v1's (about -150 is good).
 """
 import gymnasium as gym
 import numpy as np
 from gymnasium.envs.classic_control import PendulumEnv
 
-from envs.batch import BatchEnv, SingleEnv
+from envs.batch import BatchEnv, SingleEnv, check_whole
 
 
 class PendulumMaskedBatch(BatchEnv):
@@ -18,8 +18,7 @@ class PendulumMaskedBatch(BatchEnv):
         self.pendulum = PendulumEnv(render_mode="rgb_array")                # its constants, action space and drawing
         high = np.array(self.high, np.float32)
         super().__init__(gym.spaces.Box(-high, high), self.pendulum.action_space, num_envs, **kwargs)
-        if not isinstance(max_steps, int) or max_steps < 1:
-            raise ValueError(f"max_steps must be a whole number of 1 or more, not {max_steps}")
+        check_whole(max_steps=max_steps)
         self.max_steps = max_steps
         self.t, self.sign = np.zeros(num_envs, int), np.ones(num_envs, int)                            # [N] each
         self.theta, self.velocity, self.action = (np.zeros(num_envs) for _ in range(3))                # [N] rad, rad/s, Nm

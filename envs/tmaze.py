@@ -17,7 +17,7 @@ Observation: [seen, y]: at x = 0 [0, cue], in the corridor [0, 0], at its end [1
 import gymnasium as gym
 import numpy as np
 
-from envs.batch import BatchEnv, SingleEnv
+from envs.batch import BatchEnv, SingleEnv, check_whole
 
 DX, DY = np.array([1, 0, -1, 0]), np.array([0, 1, 0, -1])
 
@@ -27,8 +27,7 @@ class TMazePassiveBatch(BatchEnv):
 
     def __init__(self, num_envs=1, length=10, penalty="pace", goal_reward=1.0, distract_reward=0.0, ambiguous_position=True,
                  expose_goal=False, add_timestep=False, **kwargs):
-        if not isinstance(length, int) or length < 1:
-            raise ValueError(f"length must be a whole number of 1 or more, not {length}")
+        check_whole(length=length)
         if penalty not in ("pace", "wrong_action"):
             raise ValueError(f'penalty must be "pace" or "wrong_action", not "{penalty}"')
         if expose_goal and ambiguous_position:

@@ -11,7 +11,7 @@ flags' positions, which read -1 after the first step. The task is RLtools' `flag
 import gymnasium as gym
 import numpy as np
 
-from envs.batch import BatchEnv, SingleEnv
+from envs.batch import BatchEnv, SingleEnv, check_whole
 
 BOARD, ACCELERATION, SPEED, RADIUS, SECONDS = 10.0, 50.0, 5.0, 1.0, 4.0
 
@@ -21,8 +21,7 @@ class TwoFlagsBatch(BatchEnv):
         low = np.array([0, 0, -SPEED, -SPEED, -1, -1, -1, -1, -1, -1, -1], np.float32)
         high = np.array([BOARD, BOARD, SPEED, SPEED, 1, 1, 1, BOARD, BOARD, BOARD, BOARD], np.float32)
         super().__init__(gym.spaces.Box(low, high), gym.spaces.Box(-1, 1, (2,)), num_envs, **kwargs)
-        if not isinstance(max_steps, int) or max_steps < 1:
-            raise ValueError(f"max_steps must be a whole number of 1 or more, not {max_steps}")
+        check_whole(max_steps=max_steps)
         self.max_steps, self.reward_scale = max_steps, reward_scale
         self.t, self.visited = np.zeros(num_envs, int), np.zeros(num_envs, int)                        # [N] each
         self.position, self.velocity = np.zeros((num_envs, 2)), np.zeros((num_envs, 2))                # [N, 2] each
