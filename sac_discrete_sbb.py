@@ -95,6 +95,10 @@ class Args:
     checkpoint_every: int = 100_000  # environment steps between checkpoints, which hold the replay
     runs_dir: str = "runs"  # where run folders go
     run_name: str | None = None  # folder name; default <env-id>__<script>__<seed>__<time>
+    track: bool = False  # also log to Weights & Biases, which `pip install wandb` brings
+    wandb_project_name: str = "recurrent-rl-baselines"  # its project
+    wandb_entity: str | None = None  # its team or user; default: yours
+    capture_video: bool = False  # with every checkpoint a GIF of an episode without exploring, in the run's videos/
     resume: str | None = None  # continue the run in this folder
     model: str | None = None  # do not train: play this model.safetensors
     episodes: int = 10  # episodes to play with --model
@@ -304,16 +308,25 @@ def add_time(obs):
     return tuple(o[None] for o in obs)
 
 
-def enjoy(args, weights):
-    """Plays --episodes of the task, one after the other; prints text frames or writes a GIF beside the model."""
-    envs = make_envs(args, 1, play=True)
-    modes, render_mode = envs.metadata.get("render_modes", []), args.render_mode
+def make_rendered(args, render_mode):
+    """One environment to play in that draws itself, and how: render_mode, or what "auto" finds."""
+    modes = make_envs(args, 1, play=True).metadata.get("render_modes", [])
     if render_mode == "auto":
         render_mode = "ansi" if "ansi" in modes else "none"
-    if render_mode != "none":
-        if render_mode not in modes and not (render_mode == "human" and "rgb_array" in modes):
-            fail(f"--render-mode {render_mode} is not one of {args.env_id}'s: {', '.join(modes) or 'none'}")
-        envs = make_envs(args, 1, play=True, render_mode=render_mode)
+    if render_mode != "none" and render_mode not in modes and not (render_mode == "human" and "rgb_array" in modes):
+        fail(f"--render-mode {render_mode}{'' if args.model else ', for --capture-video,'} is not one of {args.env_id}'s: "
+             f"{', '.join(modes) or 'none'}")
+    return make_envs(args, 1, play=True, render_mode=render_mode if render_mode != "none" else None), render_mode
+
+
+def write_gif(path, frames, envs):
+    duration = 1000 / envs.metadata.get("render_fps", 10)   # ms a frame
+    save_atomically(path, lambda path: imageio.mimsave(path, frames, "GIF", duration=duration, loop=0))
+
+
+def enjoy(args, weights):
+    """Plays --episodes of the task, one after the other; prints text frames or writes a GIF beside the model."""
+    envs, render_mode = make_rendered(args, args.render_mode)
     agent, frames = make_agent(args, envs, weights), []
     show = {"ansi": lambda: print(envs.render()[0]), "rgb_array": lambda: frames.append(envs.render()[0])}
     results = []
@@ -327,7 +340,7 @@ def enjoy(args, weights):
           + ("" if np.isnan(successes).any() else f", success {successes.mean():.2f}"))
     if frames:
         path = Path(args.model).with_suffix(".gif")
-        imageio.mimsave(path, frames, duration=1000 / envs.metadata.get("render_fps", 10), loop=0)
+        write_gif(path, frames, envs)
         print(f"wrote {path}")
 
 
@@ -434,12 +447,26 @@ def open_progress(path, global_step):
     return path.open("a", buffering=1)
 
 
+def track(args, run):
+    """Weights & Biases copies what TensorBoard gets; a resumed run goes on as the same one."""
+    try:
+        import wandb
+
+        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, id=run.name, resume="allow", dir=run.parent,
+                   config=dataclasses.asdict(args), sync_tensorboard=True, save_code=True)
+    except Exception as e:                                  # not installed, not logged in, no network
+        if not args.resume:
+            run.rmdir()
+        fail(f"--track: {' '.join(str(e).split())}; pip install wandb, wandb login or WANDB_MODE=offline may help")
+
+
 def train(args, checkpoint=None):
     # ------------------------------------------------------------------ setup
     torch.manual_seed(args.seed)
     T, N, device = max(1, args.train_every // args.num_envs), args.num_envs, pick_device(args)
     envs = make_envs(args, N)
     eval_envs = make_envs(args, min(N, args.eval_episodes), play=True) if args.eval_every else None
+    film_envs = make_rendered(args, "rgb_array")[0] if args.capture_video else None
     tensors = functools.partial(to_tensors, envs.single_observation_space, device="cpu")    # the replay is there
     agent = make_agent(args, envs, checkpoint and checkpoint["agent"])
     if args.target_entropy is None:                         # a fixed temperature is the flag's, not the checkpoint's
@@ -491,6 +518,8 @@ def train(args, checkpoint=None):
         run.mkdir(parents=True, exist_ok=bool(args.resume))
     except OSError as e:
         fail(f"--run-name {name} cannot be made in --runs-dir {args.runs_dir} ({e.strerror}); choose another or --resume {run}")
+    if args.track:
+        track(args, run)
     print(f"replay: {replay.N * replay.C:,} positions, {replay.nbytes / 2**20:,.1f} MiB when full")
     args_json = json.dumps({**dataclasses.asdict(args), "resume": None}, indent=2)
     save_atomically(run / "args.json", lambda path: path.write_text(args_json))
@@ -514,6 +543,11 @@ def train(args, checkpoint=None):
         save_atomically(run / "model.safetensors",
                         lambda path: safetensors.torch.save_file(agent.state_dict(), path, metadata))
         save_atomically(run / "checkpoint.pt", lambda path: torch.save(everything, path))
+        if args.capture_video:
+            frames = []
+            play(agent, film_envs, args, 1, args.seed + 10_000, lambda: frames.append(film_envs.render()[0]))
+            (run / "videos").mkdir(exist_ok=True)
+            write_gif(run / "videos" / f"{global_step}.gif", frames, film_envs)
 
     save()                                                  # whenever the process dies, there is something to resume
     interrupted = []

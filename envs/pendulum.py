@@ -1,8 +1,8 @@
 """PendulumMasked-v1 and PendulumSignFlip-v1: Gymnasium's Pendulum-v1 (200 steps), of which something must be remembered.
 
-Masked: the observation is [cos, sin], without the velocity, which two observations tell. SignFlip: in half of the episodes, by the
-toss of a coin, the torque acts the other way round; the observation is [cos, sin, velocity, last action] and the sign must be
-found out and kept, so that learning within the episode is learned. Reward and return are Pendulum-v1's (about -150 is good).
+Masked: the observation is [cos, sin], without the velocity, which two observations tell. SignFlip: in half of the episodes, by
+the toss of a coin, the torque acts the other way round; the observation is [cos, sin, velocity, last action] and the sign must
+be found out and kept, so that learning within the episode is learned. Reward and return are Pendulum-v1's (about -150 is good).
 """
 import gymnasium as gym
 import numpy as np

@@ -5,11 +5,15 @@ import json
 import os
 import random
 import signal
+import sys
 import time
+import types
 
+import imageio
 import pytest
 import safetensors
 import torch
+from torch.utils.tensorboard import SummaryWriter
 
 import dqn_recurrent_sbb
 import dqn_recurrent_tbb
@@ -157,6 +161,37 @@ def test_enjoy(script, tmp_path, capsys):
         script.main(["--model", str(folder / "model.safetensors"), "--render-mode", "ansi", "--env-id", other,
                      "--env-kwargs", "{}"])
     assert f"--render-mode ansi is not one of {other}'s: human, rgb_array" in capsys.readouterr().err
+
+
+def test_capture_video_films_every_checkpoint_and_changes_nothing(script, tmp_path):
+    rows, _ = run(tmp_path, script, run_name="unseen", checkpoint_every=256)
+    filmed, folder = run(tmp_path, script, capture_video=True, checkpoint_every=256)
+    assert comparable(filmed) == comparable(rows)
+    assert {path.name for path in (folder / "videos").iterdir()} == {"0.gif", "256.gif", "384.gif"}
+    frames = [len(imageio.mimread(path)) for path in (folder / "videos").iterdir()]            # equal neighbours are one frame
+    assert 2 <= min(frames) <= max(frames) <= 12                                # 11 steps, and how it ended
+
+
+def test_capture_video_needs_a_task_that_draws(of_discrete_actions, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(tmp_path, of_discrete_actions, capture_video=True, env_kwargs="{}", env_id="popgym-RepeatPreviousEasy-v0")
+    assert "--capture-video" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_track_copies_tensorboard_to_wandb(script, tmp_path, monkeypatch, capsys):
+    """A stand-in for wandb, which is optional: called once, before the writer it listens to, with what a resume finds again."""
+    calls = []
+    monkeypatch.setattr(script, "SummaryWriter", lambda *args, **kw: calls.append("writer") or SummaryWriter(*args, **kw))
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **kwargs: calls.append(kwargs)))
+    _, folder = run(tmp_path, script, track=True, wandb_project_name="mine")
+    run(tmp_path, script, track=True, resume=str(folder), total_timesteps=4 * 32 * 4)
+    first, writer, second, _ = calls
+    assert writer == "writer" and first["sync_tensorboard"] and first["project"] == "mine" and first["config"]["num_envs"] == 4
+    assert (first["id"], first["resume"]) == (second["id"], second["resume"]) == ("run", "allow")
+    monkeypatch.setitem(sys.modules, "wandb", None)                             # as if it were not installed
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, script, run_name="untracked", track=True)
+    assert stop.value.code == 2 and "pip install wandb" in capsys.readouterr().err and not (tmp_path / "untracked").exists()
 
 
 @pytest.mark.parametrize("env_id", ["popgym-RepeatPreviousEasy-v0", "popgym-AutoencodeEasy-v0", "popgym-CountRecallEasy-v0",
