@@ -21,7 +21,7 @@ measure = "success"
 level = 0.9
 
 [broken]
-command = "python ppo_recurrent_sbb.py --num-minibatches {minibatches}"
+command = "python ppo_recurrent_sbb.py --total-timesteps 4096 --num-minibatches {minibatches}"
 suite = "others"
 seeds = [3]
 measure = "success"
