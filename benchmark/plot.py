@@ -1,28 +1,40 @@
-"""Collect the runs of tasks.toml into compact CSV files, a table of seeds and a figure each.   python benchmark/plot.py
+"""From run folders to compact CSV files, and from those to figures and tables.   python benchmark/plot.py
 
-Writes to benchmark/results: <entry>.csv (seed, step, seconds, return, success; about 100 rows a seed), <entry>.png, and
-table.csv (one row a seed: when the level was first reached, what was reached at best and at the end). A grid of entries gets
-one <grid>.csv (also: the grid's cell; about 25 rows a seed), <grid>-table.csv and figure, and, if an axis is the length of the
-task, <grid>-final.png, the score at the end against it. From the tables and the speeds (speed.csv, dqn-speed.csv, layers.csv),
-the README's. Entries without finished runs keep what is committed.
+    python benchmark/plot.py                                   what run.py made in runs/benchmark, into benchmark/results
+    python benchmark/plot.py --runs-dir DIR --out DIR          anybody's runs: with progress.csv, or TensorBoard events only
+
+Writes, for every entry of tasks.toml or other group of runs, a curve file <group>.csv (the grid's axes, seed, global_step,
+seconds, value; about 100 rows a seed, 25 in a grid) and a line a seed in table.csv or <grid>-table.csv (when the level was
+first reached, the best, the last). All else is made from the CSV files in --out, committed ones too, so that no figure and no
+table can say anything else: <group>.png and .svg (mean and range over the seeds, against environment steps and against
+seconds), <grid>-seconds, <grid>-final (the end against the length of the task), <grid>-aggregate (interquartile means over
+tasks and seeds), and, in benchmark/results, the README's tables.
 """
 import csv
+import math
+import re
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib
+import numpy as np
 import tyro
-from run import entries
+from run import ROOT, entries
 
-HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
+matplotlib.use("Agg")
+matplotlib.rcParams |= {"svg.hashsalt": "", "legend.frameon": False, "legend.fontsize": 7, "axes.titlesize": 9}
+import matplotlib.pyplot as plt  # noqa: E402
+
+RESULTS, README = ROOT / "benchmark/results", ROOT / "README.md"
 
 
 @dataclass
 class Args:
-    runs_dir: str = "runs/benchmark"  # run folders named <entry>__<seed>
-    out: str = str(HERE / "results")  # where the CSV files and figures go
-    unfinished: bool = False  # also runs that were stopped, or still run
+    runs_dir: str = "runs/benchmark"  # run folders named <entry>__<seed>, or as they may be named
+    out: str = str(RESULTS)  # where CSV files, figures and tables go
+    tasks: str = str(ROOT / "benchmark/tasks.toml")  # the entries
+    unfinished: bool = False  # also entries' runs that were stopped, or still run
 
 
 # what an entry's `measure` says: the column of progress.csv, and what to write at the axis
@@ -32,12 +44,99 @@ MEASURES = {"return": ("charts/episodic_return", "return, mean of 100 episodes")
             "eval-success": ("eval/success", "success of the greedy policy")}
 
 
-def read(path, measure):
-    """progress.csv as columns of floats; rows without the measure are left out."""
-    rows = [row for row in csv.DictReader(path.open()) if row[MEASURES[measure][0]]]
-    tags = {"global_step": "global_step", "seconds": "seconds", "logratio": "debug/first_logratio"}
-    tags |= {k: tag for k, (tag, _) in MEASURES.items()}
-    return {k: [float(row.get(tag) or "nan") for row in rows] for k, tag in tags.items()}
+def runs_in(folder, known, unfinished):
+    """The run folders in `folder`, {group: {(cell, seed): path}}: of the known entries, or of one name but for the seed."""
+    groups = {}
+    for path in sorted(Path(folder).glob("*/")):
+        name, _, seed = path.name.rpartition("__")
+        if name in known:
+            if unfinished or (path / "finished").exists():
+                groups.setdefault(known[name]["group"], {})[tuple(known[name]["cell"]), seed] = path
+        elif any(path.glob("progress.csv")) or any(path.glob("events.out.tfevents*")):
+            name, seed = re.fullmatch(r"(.+?)((?:__\d+)*)", path.name).groups()             # <env-id>__<script>__<seed>__<time>
+            groups.setdefault(name, {})[(), seed.strip("_") or "1"] = path
+    return groups
+
+
+def read(run):
+    """The rows of progress.csv, or of TensorBoard's events: dicts by tag, with global_step and seconds."""
+    if (run / "progress.csv").exists():
+        return list(csv.DictReader((run / "progress.csv").open()))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events, rows = EventAccumulator(str(run), {"scalars": 0}).Reload(), {}
+    for tag in events.Tags()["scalars"]:
+        for event in events.Scalars(tag):
+            rows.setdefault(event.step, {"global_step": event.step, "time": event.wall_time})[tag] = str(event.value)
+    begin = min(row["time"] for row in rows.values())
+    return [row | {"seconds": row["time"] - begin} for _, row in sorted(rows.items())]
+
+
+def collect(group, runs, entry, out):
+    """Writes <group>.csv; returns a row of the table for every run, a dict."""
+    axes, table = list(entry.get("grid", {})), []
+    with (out / f"{group}.csv").open("w", newline="") as f:
+        curves = csv.writer(f)
+        curves.writerow((*axes, "seed", "global_step", "seconds", "value"))
+        for (cell, seed), path in runs.items():
+            rows = read(path)
+            measure = entry.get("measure") or next(m for m, (tag, _) in MEASURES.items() if any(row.get(tag) for row in rows))
+            rows = [row for row in rows if row.get(MEASURES[measure][0])]
+            steps, seconds, values = (np.array([float(row[tag]) for row in rows]) for tag in
+                                      ("global_step", "seconds", MEASURES[measure][0]))
+            kept = sorted({*range(0, len(rows), math.ceil(len(rows) / (25 if axes else 100))), len(rows) - 1})
+            curves.writerows((*cell, seed, int(steps[i]), f"{seconds[i]:.1f}", f"{values[i]:.4g}") for i in kept)
+            end = {"last": f"{values[-1]:.4g}", "steps": int(steps[-1]), "seconds": round(seconds[-1])}
+            if axes:
+                table.append(dict(zip(axes, cell)) | {"seed": seed} | end)
+                continue
+            level, logratios = entry.get("level", math.inf), [float(row.get("debug/first_logratio") or "nan") for row in rows]
+            first = next((i for i, y in enumerate(values) if y >= level), None)
+            table.append({"entry": group, "seed": seed, "measure": measure, "level": entry.get("level", ""),
+                          "steps_to_level": "" if first is None else int(steps[first]),
+                          "seconds_to_level": "" if first is None else round(seconds[first], 1),
+                          "best": f"{max(values):.4g}", **end, "max_first_logratio": f"{max(logratios):.1e}"})
+    return table
+
+
+def read_csv(path):
+    with path.open() as f:
+        return list(csv.DictReader(f))
+
+
+def write_csv(path, rows):
+    with path.open("w", newline="") as f:
+        writer = csv.DictWriter(f, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def iqm(scores):
+    """Interquartile mean: of the middle half.   scores [..., K] -> [...]"""
+    cut = scores.shape[-1] // 4
+    return np.sort(scores, -1)[..., cut : scores.shape[-1] - cut].mean(-1)
+
+
+def aggregate(rows, draws=10_000):
+    """Rows of a grid's table -> rows of the interquartile mean over tasks and seeds, with a 95 % interval, an arm each.
+
+    Stratified bootstrap: seeds are drawn again within each task (Agarwal et al. 2021, https://arxiv.org/abs/2108.13264).
+    Scores are taken as they are. Arms that lack a task are left out.
+    """
+    axes = [name for name in rows[0] if name not in ("seed", "last", "steps", "seconds")]
+    tasks, out, rng = {row[axes[0]] for row in rows}, [], np.random.default_rng(0)
+    for arm in dict.fromkeys(tuple(row[axis] for axis in axes[1:]) for row in rows):
+        scores = {}
+        for row in rows:
+            if tuple(row[axis] for axis in axes[1:]) == arm:
+                scores.setdefault(row[axes[0]], []).append(float(row["last"]))
+        if scores.keys() == tasks:
+            again = np.concatenate([rng.choice(x, (draws, len(x))) for x in scores.values()], axis=1)      # [draws, runs]
+            low, high = np.quantile(iqm(again), (0.025, 0.975))
+            runs = np.concatenate(list(scores.values()))
+            out.append(dict(zip(axes[1:], arm)) | {"iqm": f"{iqm(runs):.3f}", "low": f"{low:.3f}", "high": f"{high:.3f}",
+                                                   "tasks": len(tasks), "runs": len(runs)})
+    return out
 
 
 def readme_table(rows):
@@ -103,76 +202,95 @@ def layer_table(rows):
     return "\n".join(out) + "\n"
 
 
+def aggregate_table(rows):
+    """The README's table of an aggregate: a column each value of the last axis."""
+    first, last = list(rows[0])[:2]
+    columns = list(dict.fromkeys(row[last] for row in rows))
+    out = [f"| {first} | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+    for name in dict.fromkeys(row[first] for row in rows):
+        cells = {row[last]: f"{float(row['iqm']):.2f} [{float(row['low']):.2f}, {float(row['high']):.2f}]"
+                 for row in rows if row[first] == name}
+        out.append(f"| {name} | {' | '.join(cells.get(column, '-') for column in columns)} |")
+    return "\n".join(out) + "\n"
+
+
 def with_tables(readme, results):
     """The README with its tables made anew from the CSV files in `results`."""
     for name, file, table in (("results", "table.csv", readme_table), ("popgym", "popgym-table.csv", grid_table),
                               ("dqn", "dqn-table.csv", grid_table), ("dqn-variants", "dqn-variants-table.csv", grid_table),
                               ("tmaze-length", "tmaze-length-table.csv", grid_table),
                               ("off-policy-60", "off-policy-60-table.csv", grid_table),
+                              ("popgym-aggregate", "popgym-aggregate.csv", aggregate_table),
+                              ("dqn-aggregate", "dqn-aggregate.csv", aggregate_table),
                               ("dqn-speed", "dqn-speed.csv", dqn_speed_table),
                               ("speed", "speed.csv", speed_table), ("layers", "layers.csv", layer_table)):
         begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
-        with (results / file).open() as f:
-            rows = list(csv.DictReader(f))
         before, rest = readme.split(begin)
-        readme = before + begin + table(rows) + end + rest.split(end)[1]
+        readme = before + begin + table(read_csv(results / file)) + end + rest.split(end)[1]
     return readme
 
 
-def draw(name, entry, runs, out):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(5, 3.2), layout="constrained")
-    for seed, run in runs.items():
-        axis.plot(run["global_step"], run[entry["measure"]], label=f"seed {seed}", linewidth=1)
-    axis.axhline(entry["level"], color="gray", linestyle=":", linewidth=1)
-    axis.set(title=f"{name} (n = {len(runs)})", xlabel="environment steps", ylabel=MEASURES[entry["measure"]][1])
-    axis.legend(frameon=False, fontsize=8)
-    figure.savefig(out / f"{name}.png", dpi=120)
+def save(figure, path):
+    for suffix in (".png", ".svg"):
+        figure.savefig(path.with_name(path.name + suffix), dpi=120, metadata={"Date": None} if suffix == ".svg" else None)
     plt.close(figure)
 
 
-def draw_grid(name, cells, out):
-    """Panels: a column each value of the first axis, a row each of the second; in them a curve each of the third."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    import numpy as np
-
-    columns, rows, _ = (list(dict.fromkeys(cell[i] for cell in cells)) for i in range(3))
-    figure, axes = plt.subplots(len(rows), len(columns), figsize=(2.6 * len(columns), 2.2 * len(rows)), layout="constrained",
-                                sharex=True, sharey="col", squeeze=False)
-    for (column, row, curve), (entry, runs) in cells.items():
-        axis, n = axes[rows.index(row)][columns.index(column)], min(len(run["global_step"]) for run in runs.values())
-        ys = np.array([run[entry["measure"]][-n:] for run in runs.values()])                # [seeds, n]
-        x = next(iter(runs.values()))["global_step"][-n:]
-        line, = axis.plot(x, ys.mean(0), label=curve, linewidth=1)
-        axis.fill_between(x, ys.min(0), ys.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
-        axis.set_title(f"{column}, {row}", fontsize=8)
-        axis.tick_params(labelsize=7)
-    axes[0][0].legend(frameon=False, fontsize=7)
-    figure.supxlabel("environment steps", fontsize=8)
-    seeds = sorted({len(runs) for _, runs in cells.values()})
-    figure.supylabel(f"{MEASURES[entry['measure']][1]} (n = {' to '.join(map(str, seeds))}: mean, range)", fontsize=8)
-    figure.savefig(out / f"{name}.png", dpi=110)
-    plt.close(figure)
-
-
-def draw_lengths(name, entry, out):
-    """The score at the end against the first axis, the length of the task, from <grid>-table.csv; a curve each other cell."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    with (out / f"{name}-table.csv").open() as f:
-        rows = list(csv.DictReader(f))
-    curves = {}                                             # name: length: scores
+def draw_curves(axis, rows, x, **style):
+    """The mean over the seeds and their range, each at the x that all have reached.   rows: of one cell, from a curve file"""
+    runs = {}
     for row in rows:
+        runs.setdefault(row["seed"], []).append((float(row[x]), float(row["value"])))
+    runs = [np.array(run) for run in runs.values()]                             # [points, 2] each
+    grid = np.unique(np.concatenate([run[:, 0] for run in runs]))
+    grid = grid[(grid >= max(run[0, 0] for run in runs)) & (grid <= min(run[-1, 0] for run in runs))]
+    ys = np.array([np.interp(grid, *run.T) for run in runs])                    # [seeds, points]
+    line, = axis.plot(grid, ys.mean(0), linewidth=1.2, **style)
+    axis.fill_between(grid, ys.min(0), ys.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
+    if len(runs) > 1 and "label" not in style:
+        for run in runs:
+            axis.plot(*run.T, color=line.get_color(), linewidth=0.5, alpha=0.5)
+    axis.tick_params(labelsize=7)
+
+
+def draw(group, rows, entry, out):
+    """Sample efficiency at the left, wall clock at the right."""
+    figure, axes = plt.subplots(1, 2, figsize=(7, 2.8), layout="constrained", sharey=True)
+    for axis, x, label in zip(axes, ("global_step", "seconds"), ("environment steps", "seconds")):
+        draw_curves(axis, rows, x)
+        if "level" in entry:
+            axis.axhline(entry["level"], color="gray", linestyle=":", linewidth=1)
+        axis.set_xlabel(label)
+    axes[0].set_ylabel(MEASURES[entry["measure"]][1] if "measure" in entry else "return or success", fontsize=8)
+    figure.suptitle(f"{group} (n = {len({row['seed'] for row in rows})})", fontsize=9)
+    save(figure, out / group)
+
+
+def draw_grid(group, rows, entry, out, x="global_step", name=""):
+    """Panels: a column each value of the first axis, a row each of the second; in them a curve each of the third."""
+    keys = list(entry["grid"])
+    columns, lines, curves = (list(dict.fromkeys(row[key] for row in rows)) for key in keys)
+    figure, axes = plt.subplots(len(lines), len(columns), figsize=(2.6 * len(columns), 2.2 * len(lines) + 0.3),
+                                layout="constrained", sharex=x == "global_step", sharey="col", squeeze=False)
+    counts = set()
+    for i, line in enumerate(lines):
+        for j, column in enumerate(columns):
+            for k, curve in enumerate(curves):
+                cell = [row for row in rows if [row[key] for key in keys] == [column, line, curve]]
+                if cell:
+                    counts.add(len({row["seed"] for row in cell}))
+                    draw_curves(axes[i][j], cell, x, label=curve, color=f"C{k}")
+            axes[i][j].set_title(f"{column}, {line}", fontsize=8)
+    axes[0][0].legend()
+    figure.supxlabel(x.replace("global_step", "environment steps"), fontsize=8)
+    figure.supylabel(f"{MEASURES[entry['measure']][1]} (n = {' to '.join(map(str, sorted(counts)))}: mean, range)", fontsize=8)
+    save(figure, out / (group + name))
+
+
+def draw_lengths(group, table, entry, out):
+    """The score at the end against the first axis, the length of the task; a curve each other cell."""
+    curves = {}                                                                 # name: length: scores
+    for row in table:
         curve = " ".join(row[axis] for axis in list(entry["grid"])[1:])
         curves.setdefault(curve, {}).setdefault(int(row["length"]), []).append(float(row["last"]))
     figure, axis = plt.subplots(figsize=(5, 3.2), layout="constrained")
@@ -180,69 +298,64 @@ def draw_lengths(name, entry, out):
         means = [statistics.mean(v) for v in scores.values()]
         axis.plot(list(scores), means, marker="o", markersize=3, linewidth=1, label=curve)
     axis.axhline(entry["reference"], color="gray", linestyle=":", linewidth=1)
-    axis.set(title=name, xlabel="length of the task", ylabel=f"{MEASURES[entry['measure']][1]}, at the end")
-    axis.legend(frameon=False, fontsize=8)
-    figure.savefig(out / f"{name}-final.png", dpi=120)
-    plt.close(figure)
+    axis.set(title=group, xlabel="length of the task", ylabel=f"{MEASURES[entry['measure']][1]}, at the end")
+    axis.legend()
+    save(figure, out / f"{group}-final")
 
 
-def collect_grid(name, cells, out):
-    """<grid>.csv and <grid>-table.csv."""
-    axes = list(next(iter(cells.values()))[0]["grid"])
-    with (out / f"{name}.csv").open("w", newline="") as curves, (out / f"{name}-table.csv").open("w", newline="") as table:
-        curves, table = csv.writer(curves), csv.writer(table)
-        curves.writerow((*axes, "seed", "global_step", "seconds", "value"))
-        table.writerow((*axes, "seed", "last", "steps", "seconds"))
-        for cell, (entry, runs) in cells.items():
-            for seed, run in runs.items():
-                steps, seconds, values = run["global_step"], run["seconds"], run[entry["measure"]]
-                for i in sorted({*range(0, len(steps), -(-len(steps) // 25)), len(steps) - 1}):
-                    curves.writerow((*cell, seed, int(steps[i]), f"{seconds[i]:.1f}", f"{values[i]:.4g}"))
-                table.writerow((*cell, seed, f"{values[-1]:.4g}", int(steps[-1]), round(seconds[-1])))
+def draw_aggregate(group, rows, out):
+    """Interquartile means and their intervals, one line an arm."""
+    figure, axis = plt.subplots(figsize=(5, 0.25 * len(rows) + 0.8), layout="constrained")
+    first, last = list(rows[0])[:2]
+    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(row[last] for row in rows))}
+    for y, row in enumerate(rows):
+        low, mid, high = (float(row[k]) for k in ("low", "iqm", "high"))
+        axis.plot([low, high], [y, y], color=colours[row[last]], linewidth=4, alpha=0.4)
+        axis.plot(mid, y, "|", color=colours[row[last]], markersize=9)
+    axis.set_yticks(range(len(rows)), [f"{row[first]}, {row[last]}" for row in rows], fontsize=7)
+    axis.invert_yaxis()
+    axis.set_xlabel(f"interquartile mean over {rows[0]['tasks']} tasks and their seeds, 95 % interval", fontsize=8)
+    save(figure, out / f"{group}-aggregate")
 
 
-def main():
-    args = tyro.cli(Args)
-    out, rows, grids = Path(args.out), [], {}
+def main(argv=None):
+    args = tyro.cli(Args, args=argv)
+    out, known, tables = Path(args.out), entries(args.tasks), []
     out.mkdir(parents=True, exist_ok=True)
-    committed = list(csv.DictReader((out / "table.csv").open())) if (out / "table.csv").exists() else []
-    for name, entry in entries().items():
-        runs = {seed: read(path, entry["measure"]) for seed in entry["seeds"]
-                if (path := Path(args.runs_dir) / f"{name}__{seed}" / "progress.csv").exists()
-                and (args.unfinished or (path.parent / "finished").exists())}
-        if entry["cell"]:
-            if runs:
-                grids.setdefault(entry["group"], {})[tuple(entry["cell"])] = entry, runs
+    of_group = {entry["group"]: entry for entry in known.values()}
+    order = {name: i for i, name in enumerate(known)}
+    for group, runs in runs_in(args.runs_dir, known, args.unfinished).items():
+        entry = of_group.get(group, {})
+        runs = dict(sorted(runs.items(), key=lambda item: (order.get("__".join((group, *item[0][0])), 0), item[0][1])))
+        rows = collect(group, runs, entry, out)
+        if "grid" in entry:
+            write_csv(out / f"{group}-table.csv", rows)
+        else:
+            tables += rows
+    new = {row["entry"] for row in tables}
+    if (out / "table.csv").exists():
+        tables += [row for row in read_csv(out / "table.csv") if row["entry"] not in new]
+    if tables:
+        write_csv(out / "table.csv", sorted(tables, key=lambda row: order.get(row["entry"], len(order))))
+
+    for path in sorted(out.glob("*.csv")):
+        if "value" not in path.open().readline().strip().split(","):            # a table, not curves
             continue
-        if not runs:
-            rows += [row for row in committed if row["entry"] == name]
+        group, rows, entry = path.stem, read_csv(path), of_group.get(path.stem, {})
+        if "grid" not in entry:
+            draw(group, rows, entry, out)
             continue
-        draw(name, entry, runs, out)
-        with (out / f"{name}.csv").open("w", newline="") as f:
-            writer = csv.writer(f)
-            writer.writerow(("seed", "global_step", "seconds", "return", "success"))
-            for seed, run in runs.items():
-                steps, values = run["global_step"], run[entry["measure"]]
-                kept = sorted({*range(0, len(steps), max(1, len(steps) // 100)), len(steps) - 1})
-                writer.writerows((seed, int(steps[i]), f"{run['seconds'][i]:.1f}", f"{run['return'][i]:.4g}",
-                                  f"{run['success'][i]:.4g}") for i in kept)
-                first = next((i for i, y in enumerate(values) if y >= entry["level"]), None)
-                rows.append({"entry": name, "seed": seed, "measure": entry["measure"], "level": entry["level"],
-                             "steps_to_level": "" if first is None else int(steps[first]),
-                             "seconds_to_level": "" if first is None else round(run["seconds"][first], 1),
-                             "best": f"{max(values):.4g}", "last": f"{values[-1]:.4g}", "steps": int(steps[-1]),
-                             "seconds": round(run["seconds"][-1]), "max_first_logratio": f"{max(run['logratio']):.1e}"})
-    with (out / "table.csv").open("w", newline="") as f:
-        writer = csv.DictWriter(f, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    for name, cells in grids.items():
-        collect_grid(name, cells, out)
-        draw_grid(name, cells, out)
-        entry, _ = next(iter(cells.values()))
+        draw_grid(group, rows, entry, out)
+        draw_grid(group, rows, entry, out, "seconds", "-seconds")
+        table = read_csv(out / f"{group}-table.csv")
         if "reference" in entry:
-            draw_lengths(name, entry, out)
-    README.write_text(with_tables(README.read_text(), out))
+            draw_lengths(group, table, entry, out)
+        if list(entry["grid"])[0] == "task" and len({row["task"] for row in table}) > 1:
+            rows = aggregate(table)
+            write_csv(out / f"{group}-aggregate.csv", rows)
+            draw_aggregate(group, rows, out)
+    if out.resolve() == RESULTS:
+        README.write_text(with_tables(README.read_text(), out))
 
 
 if __name__ == "__main__":

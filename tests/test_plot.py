@@ -1,0 +1,120 @@
+"""benchmark/plot.py: from run folders to CSV files, from CSV files to figures and tables."""
+import csv
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from torch.utils.tensorboard import SummaryWriter
+
+from tests.conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmark"))
+import plot  # noqa: E402
+
+TASKS = """
+[one]
+command = "-"
+seeds = [1, 2]
+measure = "eval"
+level = 0.5
+
+[many]
+command = "{task} {memory} {batching}"
+seeds = [1, 2]
+measure = "return"
+
+[many.grid.task]
+easy = "easy"
+hard = "hard"
+
+[many.grid.memory]
+lru = "lru"
+
+[many.grid.batching]
+sbb = "sbb"
+tbb = "tbb"
+"""
+
+
+def write_run(folder, tag, values):
+    folder.mkdir(parents=True)
+    with (folder / "progress.csv").open("w", newline="") as f:
+        writer = csv.writer(f)
+        writer.writerow(("global_step", "seconds", tag))
+        writer.writerows((100 * (i + 1), i / 2, value) for i, value in enumerate(values))
+    (folder / "finished").touch()
+
+
+def rows_of(path):
+    return list(csv.DictReader(path.open()))
+
+
+@pytest.fixture
+def draw(tmp_path):
+    def draw():
+        runs, out, tasks = (tmp_path / name for name in ("runs", "out", "tasks.toml"))
+        tasks.write_text(TASKS)
+        plot.main(["--runs-dir", str(runs), "--out", str(out), "--tasks", str(tasks)])
+        return out
+
+    return draw
+
+
+def test_an_entry_gives_curves_a_line_a_seed_and_figures(tmp_path, draw):
+    readme = (ROOT / "README.md").read_text()
+    write_run(tmp_path / "runs/one__1", "eval/episodic_return", [0, "", 0.25, 0.5, 0.25])
+    write_run(tmp_path / "runs/one__2", "eval/episodic_return", range(-1000, 0))
+    write_run(tmp_path / "runs/one__3", "eval/episodic_return", [1, 1])
+    (tmp_path / "runs/one__3/finished").unlink()                                # still running, or stopped
+    out = draw()
+    first, second = rows_of(out / "table.csv")
+    assert (first["steps_to_level"], first["seconds_to_level"], first["best"], first["last"]) == ("400", "1.5", "0.5", "0.25")
+    assert (second["steps_to_level"], second["best"], second["last"], second["steps"]) == ("", "-1", "-1", "100000")
+    rows = rows_of(out / "one.csv")
+    assert [row["value"] for row in rows if row["seed"] == "1"] == ["0", "0.25", "0.5", "0.25"]        # empty: not measured
+    assert 100 <= len([row for row in rows if row["seed"] == "2"]) <= 101 and rows[-1]["global_step"] == "100000"
+    assert (out / "one.png").stat().st_size and (out / "one.svg").stat().st_size
+    assert (ROOT / "README.md").read_text() == readme                           # which speaks of the committed results only
+
+
+def test_a_grid_is_drawn_from_its_csv_files_alone(tmp_path, draw):
+    for task, score in (("easy", 1), ("hard", 0.5)):
+        for batching, gain in (("sbb", 0), ("tbb", 0.2)):
+            for seed in (1, 2):
+                write_run(tmp_path / f"runs/many__{task}__lru__{batching}__{seed}", "charts/episodic_return",
+                          [0, score + gain + seed / 100])
+    out = draw()
+    for suffix in ("png", "svg"):
+        assert {path.stem for path in out.glob(f"*.{suffix}")} == {"many", "many-seconds", "many-aggregate"}
+    assert [float(row["iqm"]) for row in rows_of(out / "many-aggregate.csv")] == pytest.approx([0.765, 0.965])
+    kept = {path.name: path.read_bytes() for path in out.iterdir()}
+    shutil.rmtree(tmp_path / "runs")
+    for path in [*out.glob("*.png"), *out.glob("*.svg"), out / "many-aggregate.csv"]:
+        path.unlink()
+    (tmp_path / "runs").mkdir()
+    assert {path.name: path.read_bytes() for path in draw().iterdir()} == kept
+
+
+def test_runs_of_others_by_their_tensorboard_events(tmp_path, draw):
+    for seed, scale in ((1, 1.0), (2, 3.0)):
+        with SummaryWriter(tmp_path / f"runs/CartPole-v1__ppo__{seed}__170000000{seed}") as writer:
+            for step in range(0, 50, 10):
+                writer.add_scalar("charts/episodic_return", scale * step, step)
+    (tmp_path / "runs/not-a-run").mkdir()
+    out = draw()
+    rows = rows_of(out / "CartPole-v1__ppo.csv")
+    assert [float(row["value"]) for row in rows if row["seed"].startswith("2")] == [0, 30, 60, 90, 120]
+    assert {path.name for path in out.glob("*.png")} == {"CartPole-v1__ppo.png"}
+
+
+def test_interquartile_mean_and_its_interval():
+    assert plot.iqm(np.array([100.0, 1, 2, 3, 4, 5, 6, -100])) == 3.5
+    rows = [{"task": task, "memory": "lru", "batching": arm, "seed": str(seed), "last": str(centre + seed)}
+            for arm, centre in (("sbb", 0.0), ("tbb", 10.0)) for task in "abcd" for seed in range(3)]
+    sbb, tbb = plot.aggregate(rows)
+    assert float(sbb["low"]) < float(sbb["iqm"]) == 1.0 < float(sbb["high"]) < 3 < float(tbb["low"]) < float(tbb["iqm"]) == 11.0
+    certain, = plot.aggregate([row | {"last": row["task"].translate({97: "1", 98: "2", 99: "3", 100: "4"})} for row in rows
+                               if row["batching"] == "sbb"])                    # tasks differ, seeds do not: nothing to draw
+    assert certain["low"] == certain["iqm"] == certain["high"] == "2.500"
+    assert len(plot.aggregate(rows[1:-3])) == 1                                 # the second arm lacks a task
