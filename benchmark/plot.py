@@ -202,6 +202,16 @@ def layer_table(rows):
     return "\n".join(out) + "\n"
 
 
+def models_table(rows):
+    """The README's table of trained agents, from the rows of models.csv."""
+    out = ["| agent | task | memory | trained for | return | success |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        success = "-" if row["success"] == "nan" else row["success"]
+        out.append(f"| `python {row['script']}.py --model benchmark/models/{row['entry']}.safetensors` | {row['task']} | "
+                   f"{row['memory']} | {int(row['steps']):,} steps | {row['return']} ± {row['std']} | {success} |")
+    return "\n".join(out) + "\n"
+
+
 def aggregate_table(rows):
     """The README's table of an aggregate: a column each value of the last axis."""
     first, last = list(rows[0])[:2]
@@ -216,7 +226,8 @@ def aggregate_table(rows):
 
 def with_tables(readme, results):
     """The README with its tables made anew from the CSV files in `results`."""
-    for name, file, table in (("results", "table.csv", readme_table), ("popgym", "popgym-table.csv", grid_table),
+    for name, file, table in (("models", "../models/models.csv", models_table), ("results", "table.csv", readme_table),
+                              ("popgym", "popgym-table.csv", grid_table),
                               ("dqn", "dqn-table.csv", grid_table), ("dqn-variants", "dqn-variants-table.csv", grid_table),
                               ("tmaze-length", "tmaze-length-table.csv", grid_table),
                               ("off-policy-60", "off-policy-60-table.csv", grid_table),
