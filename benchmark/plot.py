@@ -1,7 +1,8 @@
 """From run folders to compact CSV files, and from those to figures and tables.   python benchmark/plot.py
 
-    python benchmark/plot.py                                   what run.py made in runs/benchmark, into benchmark/results
+    python benchmark/plot.py                                   what run.py made in runs/benchmark, into runs/figures
     python benchmark/plot.py --runs-dir DIR --out DIR          anybody's runs: with progress.csv, or TensorBoard events only
+    python benchmark/plot.py --out benchmark/results           the published ones, and the README's tables
 
 Writes, for every entry of tasks.toml or other group of runs, a curve file <group>.csv (the grid's axes, seed, global_step,
 seconds, value; about 100 rows a seed, 25 in a grid) and a line a seed in table.csv or <grid>-table.csv (when the level was
@@ -32,7 +33,7 @@ RESULTS, README = ROOT / "benchmark/results", ROOT / "README.md"
 @dataclass
 class Args:
     runs_dir: str = "runs/benchmark"  # run folders named <entry>__<seed>, or as they may be named
-    out: str = str(RESULTS)  # where CSV files, figures and tables go
+    out: str = "runs/figures"  # where CSV files, figures and tables go
     tasks: str = str(ROOT / "benchmark/tasks.toml")  # the entries
     unfinished: bool = False  # also entries' runs that were stopped, or still run
 
