@@ -15,6 +15,7 @@ import csv
 import math
 import re
 import statistics
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -333,10 +334,14 @@ def draw_aggregate(group, rows, out):
 def main(argv=None):
     args = tyro.cli(Args, args=argv)
     out, known, tables = Path(args.out), entries(args.tasks), []
+    groups = runs_in(args.runs_dir, known, args.unfinished)
+    if not groups and not any(out.glob("*.csv")):
+        print(f"plot.py: --runs-dir {args.runs_dir} holds no finished runs; benchmark/run.py makes them", file=sys.stderr)
+        sys.exit(2)
     out.mkdir(parents=True, exist_ok=True)
     of_group = {entry["group"]: entry for entry in known.values()}
     order = {name: i for i, name in enumerate(known)}
-    for group, runs in runs_in(args.runs_dir, known, args.unfinished).items():
+    for group, runs in groups.items():
         entry = of_group.get(group, {})
         runs = dict(sorted(runs.items(), key=lambda item: (order.get("__".join((group, *item[0][0])), 0), item[0][1])))
         rows = collect(group, runs, entry, out)

@@ -180,6 +180,7 @@ def fail(message):
 
 
 def main():
+    sys.stdout.reconfigure(line_buffering=True)             # also into a pipe
     args = tyro.cli(Args)
     everything = entries(args.tasks)
     suites = list(dict.fromkeys(entry.get("suite", "") for entry in everything.values()))

@@ -2,6 +2,7 @@
 import csv
 import importlib.util
 import sys
+import time
 from pathlib import Path
 
 SMALL = dict(env_id="PocMemory-v0", env_kwargs='{"max_steps": 11}', num_envs=4, total_timesteps=4 * 32 * 3, memory="gru",
@@ -53,6 +54,13 @@ def planted(tmp_path, script, *replacements):
     sys.modules["planted"] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def wait_for(path, seconds=120):
+    deadline = time.time() + seconds
+    while not path.exists():
+        assert time.time() < deadline, f"{path} did not appear"
+        time.sleep(0.05)
 
 
 def assert_caught(tmp_path, capsys, script, *replacements, **changes):

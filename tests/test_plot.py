@@ -108,6 +108,13 @@ def test_runs_of_others_by_their_tensorboard_events(tmp_path, draw):
     assert {path.name for path in out.glob("*.png")} == {"CartPole-v1__ppo.png"}
 
 
+def test_no_runs_is_one_sentence(tmp_path, draw, capsys):
+    with pytest.raises(SystemExit) as stop:
+        draw()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "--runs-dir" in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
 def test_interquartile_mean_and_its_interval():
     assert plot.iqm(np.array([100.0, 1, 2, 3, 4, 5, 6, -100])) == 3.5
     rows = [{"task": task, "memory": "lru", "batching": arm, "seed": str(seed), "last": str(centre + seed)}

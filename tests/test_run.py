@@ -8,8 +8,7 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
-from tests.helpers import comparable
-from tests.test_scripts import wait_for
+from tests.helpers import comparable, wait_for
 
 TASKS = '''
 [poc]
@@ -86,7 +85,7 @@ def test_a_killed_suite_completes_only_what_is_missing(start, tmp_path):
     runs = tmp_path / "runs"
     assert start("--suite", "small", "--seeds", "2").wait() == 0
     untouched = {path: path.stat().st_mtime_ns for path in (runs / "poc__2").iterdir()}
-    runner = start("--suite", "small", steps=7_680)                            # more steps, but seed 2 has finished
+    runner = start("--suite", "small", steps=7_680)                             # more steps, but seed 2 has finished
     wait_for(runs / "poc__1" / "checkpoint.pt")
     runner.kill()                                                               # what it started goes on
     runner.communicate()

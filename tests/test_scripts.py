@@ -22,7 +22,7 @@ import ppo_recurrent_tbb
 import sac_discrete_sbb
 import sac_gru
 import td3_gru
-from tests.helpers import column, comparable, planted, run, small, weights_of
+from tests.helpers import column, comparable, planted, run, small, wait_for, weights_of
 
 PPO = ppo_recurrent_sbb, ppo_recurrent_tbb
 DQN = dqn_recurrent_sbb, dqn_recurrent_tbb
@@ -105,13 +105,6 @@ def test_run_folder_holds_what_design_says(script, tmp_path):
     assert json.loads((folder / "args.json").read_text())["num_envs"] == 4
     with safetensors.safe_open(folder / "model.safetensors", "pt") as f:
         assert f.metadata()["script"] == script.__name__ and f.metadata()["global_step"] == "384"
-
-
-def wait_for(path, seconds=120):
-    deadline = time.time() + seconds
-    while not path.exists():
-        assert time.time() < deadline, f"{path} did not appear"
-        time.sleep(0.05)
 
 
 def test_ctrl_c_saves_and_exits_0_and_sigkill_leaves_only_whole_files(script, tmp_path, run_script):
