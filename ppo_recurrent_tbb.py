@@ -4,6 +4,7 @@
     python ppo_recurrent_tbb.py --env-id popgym-RepeatFirstEasy-v0 --memory mingru
     python ppo_recurrent_tbb.py --model runs/.../model.safetensors        watches the trained agent
     tensorboard --logdir runs                                             draws the curves
+    torchrun --standalone --nproc_per_node=2 ppo_recurrent_tbb.py         the same run, divided between two devices
 
 PPO: Schulman et al. 2017 (https://arxiv.org/abs/1707.06347). Tape-based batching: Morad et al. 2024, "Revisiting recurrent
 reinforcement learning with memory monoids" (https://arxiv.org/abs/2402.09900). The idea: act for T steps in N environments;
@@ -46,6 +47,9 @@ TAGS = ("charts/episodic_return charts/episodic_length charts/success charts/SPS
         "eval/return_std eval/success losses/policy_loss losses/value_loss losses/entropy losses/approx_kl losses/clipfrac "
         "losses/grad_norm losses/explained_variance debug/first_logratio time/policy time/env time/batch "
         "time/update time/log").split()
+# torchrun starts this script several times. Each process steps its share of the environments, and gradients are averaged: that
+# is exact, as losses are means over equally many steps. In ppo_recurrent_sbb.py every process has another number of real ones.
+RANK, LOCAL_RANK, WORLD_SIZE = int(os.getenv("RANK", 0)), int(os.getenv("LOCAL_RANK", 0)), int(os.getenv("WORLD_SIZE", 1))
 
 
 @dataclass
@@ -56,7 +60,7 @@ class Args:
     seed: int = 1  # of environments, network and sampling
     device: str = "auto"  # auto (cuda if there is one), cpu, cuda, cuda:1
     num_threads: int = 1  # torch threads; more than one pays for images
-    num_envs: int = 64  # N
+    num_envs: int = 64  # N, in all: torchrun's processes divide them
     num_steps: int = 64  # T, steps per environment and rollout
     total_timesteps: int = 400_000  # environment steps
 
@@ -281,9 +285,13 @@ def check(args):
     if args.total_timesteps < args.num_envs * args.num_steps:
         fail(f"--total-timesteps {args.total_timesteps} is less than one rollout, --num-envs x --num-steps = "
              f"{args.num_envs * args.num_steps}")
-    if args.num_minibatches > args.num_envs:
-        fail(f"--num-minibatches {args.num_minibatches} do not fit: minibatches are made of whole columns, and --num-envs "
-             f"{args.num_envs} is their number; lower the one or raise the other")
+    if args.num_envs % WORLD_SIZE:
+        fail(f"--num-envs {args.num_envs} cannot be divided among {WORLD_SIZE} processes; choose a multiple of {WORLD_SIZE}")
+    if args.num_minibatches > args.num_envs // WORLD_SIZE:
+        fail(f"--num-minibatches {args.num_minibatches} do not fit: minibatches are made of whole columns, and a process has "
+             f"{args.num_envs // WORLD_SIZE} of --num-envs {args.num_envs}; lower the one or raise the other")
+    if args.device in ("auto", "cuda") and 1 <= torch.cuda.device_count() <= LOCAL_RANK:
+        fail(f"--device {args.device}: there are fewer GPUs than processes; lower --nproc_per_node or use --device cpu")
 
 
 def save_atomically(path, write):
@@ -362,12 +370,26 @@ def track(args, run):
         fail(f"--track: {' '.join(str(e).split())}; pip install wandb, wandb login or WANDB_MODE=offline may help")
 
 
+def gather(x):                                              # [T, N, ...] -> [T, WORLD_SIZE * N, ...]
+    """The columns of all processes side by side, as one process would have them. Waits until all of them have called it."""
+    if WORLD_SIZE == 1:
+        return x
+    columns = list(x.new_empty(WORLD_SIZE, *x.shape))
+    torch.distributed.all_gather(columns, x.contiguous())
+    return torch.cat(columns, dim=1)
+
+
 def train(args, checkpoint=None):
     # ------------------------------------------------------------------ setup
     torch.manual_seed(args.seed)
-    T, N, device = args.num_steps, args.num_envs, pick_device(args)
+    if LOCAL_RANK > 0 and args.device in ("auto", "cuda") and torch.cuda.is_available():
+        torch.cuda.set_device(LOCAL_RANK)                   # "cuda" now means this one
+    T, N, device = args.num_steps, args.num_envs // WORLD_SIZE, pick_device(args)
+    if WORLD_SIZE > 1:
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    batch_size, env_seed = T * args.num_envs, args.seed + RANK * N      # steps of all processes; row i has env_seed + i
     envs = make_envs(args, N)
-    eval_envs = make_envs(args, min(N, args.eval_episodes), play=True) if args.eval_every else None
+    eval_envs = make_envs(args, min(args.num_envs, args.eval_episodes), play=True) if args.eval_every else None
     film_envs = make_rendered(args, "rgb_array")[0] if args.capture_video else None
     tensors = functools.partial(to_tensors, envs.single_observation_space, device=device)
     agent = make_agent(args, envs, checkpoint and checkpoint["agent"])
@@ -375,7 +397,7 @@ def train(args, checkpoint=None):
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate[0], fused=True)
 
     global_step, seconds, recent = 0, 0.0, collections.deque(maxlen=100)    # recent: return, length, success of episodes
-    next_obs = tensors(envs.reset(seed=args.seed)[0])       # leaves of [N, ...]
+    next_obs = tensors(envs.reset(seed=env_seed)[0])        # leaves of [N, ...]
     next_start = torch.ones(N, dtype=torch.bool, device=device)
     state = agent.memory.initial_state(N)                   # tuple of [N, ...]
     discounted = torch.zeros(N, device=device)              # running discounted return, for --norm-reward
@@ -389,13 +411,15 @@ def train(args, checkpoint=None):
         global_step, seconds = checkpoint["global_step"], checkpoint["seconds"]
         recent.extend(checkpoint["recent"])
         same = all(getattr(args, k) == getattr(checkpoint["args"], k) for k in ("env_id", "env_kwargs", "num_envs"))
-        if checkpoint["envs"] and same:                     # our own tasks go on to the bit, as if never interrupted
+        if checkpoint["envs"] and same and WORLD_SIZE == 1:  # our own tasks go on to the bit, as if never interrupted
             envs.unwrapped.load_state_dict(checkpoint["envs"])
             tensors_of = (tuple(x.to(device) for x in xs) for xs in checkpoint["tensors"])
             next_obs, state, (next_start, discounted), prefix = tensors_of
             episode_return, episode_length = (x.numpy() for x in checkpoint["episodes"])
         else:                                               # others cannot be saved: new episodes, not the first ones again
-            next_obs = tensors(envs.reset(seed=args.seed + global_step)[0])
+            next_obs = tensors(envs.reset(seed=env_seed + global_step)[0])
+    if RANK > 0:                                            # the same weights as rank 0, other actions
+        torch.manual_seed(args.seed + RANK + global_step)
 
     obs = tuple(torch.zeros(T, *o.shape, dtype=o.dtype, device=device) for o in next_obs)   # leaves of [T, N, ...]
     actions = torch.zeros(T, N, *agent.policy.action_shape, dtype=agent.policy.action_dtype, device=device)
@@ -404,23 +428,26 @@ def train(args, checkpoint=None):
 
     name = args.run_name or re.sub("[/:]", "-", f"{args.env_id}__{SCRIPT}__{args.seed}__{int(1000 * time.time())}")
     run = Path(args.resume or Path(args.runs_dir) / name)
-    try:
-        run.mkdir(parents=True, exist_ok=bool(args.resume))
-    except OSError as e:
-        fail(f"--run-name {name} cannot be made in --runs-dir {args.runs_dir} ({e.strerror}); choose another or --resume {run}")
-    if args.track:
-        track(args, run)
     args_json = json.dumps({**dataclasses.asdict(args), "resume": None}, indent=2)
-    save_atomically(run / "args.json", lambda path: path.write_text(args_json))
-    progress = open_progress(run / "progress.csv", global_step)
-    writer = SummaryWriter(run, purge_step=global_step + 1)
-    writer.add_text("args", "```\n" + args_json + "\n```")
+    if RANK == 0:                                           # the only one that writes
+        try:
+            run.mkdir(parents=True, exist_ok=bool(args.resume))
+        except OSError as e:
+            fail(f"--run-name {name} cannot be made in --runs-dir {args.runs_dir} ({e.strerror}); choose another or "
+                 f"--resume {run}")
+        if args.track:
+            track(args, run)
+        save_atomically(run / "args.json", lambda path: path.write_text(args_json))
+        progress = open_progress(run / "progress.csv", global_step)
+        writer = SummaryWriter(run, purge_step=global_step + 1)
+        writer.add_text("args", "```\n" + args_json + "\n```")
 
     def save():
         metadata = {"script": SCRIPT, "args": args_json, "global_step": str(global_step), "torch": torch.__version__,
                     "gymnasium": gym.__version__, "observation_space": str(envs.single_observation_space),
                     "action_space": str(envs.single_action_space)}
-        env_state = envs.unwrapped.state_dict() if hasattr(envs.unwrapped, "state_dict") else {}
+        # Rank 0 knows only its own environments: a run of several processes is resumed with new episodes.
+        env_state = envs.unwrapped.state_dict() if hasattr(envs.unwrapped, "state_dict") and WORLD_SIZE == 1 else {}
         everything = {
             "script": SCRIPT, "args": args_json, "global_step": global_step, "seconds": seconds, "recent": list(recent),
             "agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(),
@@ -437,7 +464,8 @@ def train(args, checkpoint=None):
             (run / "videos").mkdir(exist_ok=True)
             write_gif(run / "videos" / f"{global_step}.gif", frames, film_envs)
 
-    save()                                                  # whenever the process dies, there is something to resume
+    if RANK == 0:
+        save()                                              # whenever the process dies, there is something to resume
     interrupted = []
 
     def on_ctrl_c(*_):
@@ -445,8 +473,10 @@ def train(args, checkpoint=None):
         signal.signal(signal.SIGINT, default_handler)
         tqdm.write("Ctrl-C: finishing this update, then saving; a second one leaves at once")
 
-    default_handler = signal.signal(signal.SIGINT, on_ctrl_c)
-    bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True)
+    default_handler = signal.signal(signal.SIGINT, on_ctrl_c if RANK == 0 else signal.SIG_IGN)
+    if WORLD_SIZE > 1:                                      # torchrun passes on the Ctrl-C that the terminal has already sent
+        default_handler = signal.SIG_IGN                    # to all, and at a second one ends its processes itself
+    bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True, disable=RANK > 0)
     memory_starts = starts if args.reset_state else torch.zeros_like(starts)                # [T, N] when the memory forgets
 
     clock, spent = time.perf_counter(), collections.Counter()
@@ -457,7 +487,7 @@ def train(args, checkpoint=None):
         spent[name] += (now := time.perf_counter()) - clock
         clock = now
 
-    while global_step + T * N <= args.total_timesteps and not interrupted:
+    while global_step + batch_size <= args.total_timesteps and not gather(torch.tensor([[len(interrupted)]])).any():
         learning_rate, ent_coef, clip_coef = (polynomial(schedule, global_step, args.total_timesteps) for schedule in
                                               (args.learning_rate, args.ent_coef, args.clip_coef))
         optimizer.param_groups[0]["lr"] = learning_rate
@@ -470,6 +500,7 @@ def train(args, checkpoint=None):
             state = tuple(s.clone() for s in state)         # not views of the whole prefix: checkpoints would hold all of it
         states = []                                         # T tuples of [N, ...]: the memory *before* step t
         final_values.zero_()
+        ended = np.zeros((T, N, 3))                         # return, length, success of episodes; 0 where none ends
         for t in range(T):
             for o, next_o in zip(obs, next_obs):
                 o[t] = next_o
@@ -497,15 +528,17 @@ def train(args, checkpoint=None):
             done, episode_return, episode_length = terminated | truncated, episode_return + reward, episode_length + 1
             next_start = torch.as_tensor(done, device=device)
             for n in np.flatnonzero(done):
-                recent.append((float(episode_return[n]), float(episode_length[n]), success_of(infos, n)))
+                ended[t, n] = episode_return[n], episode_length[n], success_of(infos, n)
                 episode_return[n], episode_length[n] = 0, 0
-        global_step += T * N
+        every = gather(torch.from_numpy(ended))
+        recent.extend(every[every[..., 1] > 0].tolist())
+        global_step += batch_size
 
         # -------------------------------------------------------------- targets
         if args.norm_reward:
             discounted_returns = linear_scan(args.gamma * ~starts, rewards, discounted)    # [T, N], of the episode so far
             discounted = discounted_returns[-1]
-            agent.return_stats.update(discounted_returns)
+            agent.return_stats.update(gather(discounted_returns))
             rewards /= agent.return_stats.var.sqrt().float() + 1e-8
         with torch.no_grad():
             _, next_value, _ = agent(add_time(next_obs), state, (next_start & args.reset_state)[None])
@@ -537,7 +570,8 @@ def train(args, checkpoint=None):
 
                 mb_advantages = advantages[:, mb]
                 if args.norm_adv:
-                    mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std(correction=0) + 1e-8)
+                    every = gather(mb_advantages)
+                    mb_advantages = (mb_advantages - every.mean()) / (every.std(correction=0) + 1e-8)
                 pg_loss = -torch.min(mb_advantages * ratio, mb_advantages * ratio.clamp(1 - clip_coef, 1 + clip_coef)).mean()
                 v_loss = (newvalue - returns[:, mb]) ** 2
                 if args.clip_vloss:
@@ -548,15 +582,20 @@ def train(args, checkpoint=None):
 
                 optimizer.zero_grad()
                 loss.backward()
+                if WORLD_SIZE > 1:                          # the mean of all processes' gradients, as one flat vector
+                    grads = [p.grad for p in parameters]
+                    flat = nn.utils.parameters_to_vector(grads)
+                    torch.distributed.all_reduce(flat)
+                    nn.utils.vector_to_parameters(flat / WORLD_SIZE, grads)
                 grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                 optimizer.step()
                 with torch.no_grad():
                     approx_kl, clipfrac = ((ratio - 1) - logratio).mean(), ((ratio - 1).abs() > clip_coef).float().mean()
                     stats.append(torch.stack([pg_loss, v_loss, entropy, approx_kl, clipfrac, grad_norm]))
-            if args.target_kl is not None and approx_kl > args.target_kl:
+            if args.target_kl is not None and gather(approx_kl.view(1, 1)).mean() > args.target_kl:
                 break
         if args.norm_obs:                                   # only now: this update had to see what the acting policy saw
-            agent.encoder.update_stats(tuple(o.flatten(0, 1) for o in obs))
+            agent.encoder.update_stats(tuple(gather(o).flatten(0, 1) for o in obs))
         if args.full_episodes:                              # the next tape begins with the steps of the episodes that go on
             row = torch.arange(P + T, device=device)[:, None]
             age = P + T - torch.where(tape_starts, row, 0).amax(0)                          # [N] steps since the last start
@@ -565,11 +604,15 @@ def train(args, checkpoint=None):
         lap("update")
 
         # -------------------------------------------------------------- log, checkpoint
-        stats = torch.stack(stats).mean(0).tolist()
-        if not np.isfinite(stats).all():
+        stats = gather(torch.stack(stats).mean(0)[:, None]).mean(1).tolist()                # the mean over all processes
+        first_logratio = gather(torch.tensor([[first_logratio]])).max().item()
+        explained_variance = 1 - (gather(advantages).var() / gather(advantages + values).var()).item()
+        if not np.isfinite(stats).all():                    # on all ranks alike
             bar.close()
-            sys.exit(f"the loss is not finite at step {global_step}; the last checkpoint is {run}/checkpoint.pt: try --resume "
-                     f"{run} with a smaller --learning-rate or --max-grad-norm")
+            sys.exit(1 if RANK > 0 else f"the loss is not finite at step {global_step}; the last checkpoint is "
+                     f"{run}/checkpoint.pt: try --resume {run} with a smaller --learning-rate or --max-grad-norm")
+        if RANK > 0:
+            continue
         if first_logratio > 1e-3:
             tqdm.write(f"warning: log-probabilities differ by {first_logratio:.1e} before the update's first gradient step: "
                        "the policy in training is not the one that acted")
@@ -577,13 +620,13 @@ def train(args, checkpoint=None):
         row = dict(zip(("losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/approx_kl", "losses/clipfrac",
                         "losses/grad_norm"), stats))
         row |= {f"time/{name}": value for name, value in spent.items()}
-        row |= {"charts/SPS": T * N / spent.total(), "charts/learning_rate": learning_rate,
+        row |= {"charts/SPS": batch_size / spent.total(), "charts/learning_rate": learning_rate,
                 "debug/first_logratio": first_logratio,
-                "losses/explained_variance": 1 - (advantages.var() / (advantages + values).var()).item()}
+                "losses/explained_variance": explained_variance}
         if recent:
             row |= zip(("charts/episodic_return", "charts/episodic_length", "charts/success"), np.mean(recent, axis=0))
         spent.clear()
-        due = lambda every: every and global_step // every > (global_step - T * N) // every  # noqa: E731
+        due = lambda every: every and global_step // every > (global_step - batch_size) // every  # noqa: E731
         if due(args.eval_every):
             returns, _, successes = play(agent, eval_envs, args, args.eval_episodes, args.seed + 10_000)
             row |= {"eval/episodic_return": returns.mean(), "eval/return_std": returns.std(), "eval/success": successes.mean()}
@@ -595,11 +638,15 @@ def train(args, checkpoint=None):
         bar.set_postfix({name: f"{row[tag]:.{digits}f}" for name, tag, digits in
                          (("SPS", "charts/SPS", 0), ("return", "charts/episodic_return", 2), ("success", "charts/success", 2))
                          if tag in row})
-        bar.update(T * N)
+        bar.update(batch_size)
         if due(args.checkpoint_every):
             save()
         lap("log")
 
+    if WORLD_SIZE > 1:
+        torch.distributed.destroy_process_group()
+    if RANK > 0:
+        return None
     save()
     signal.signal(signal.SIGINT, default_handler)
     bar.close()
