@@ -155,15 +155,19 @@ def readme_table(rows):
     return "\n".join(out) + "\n"
 
 
+def shares(row):
+    """A row's last column: what policy, env, batch and update took."""
+    return ", ".join(f"{float(row[f'share_{part}']):.0%}" for part in ("policy", "env", "batch", "update"))
+
+
 def speed_table(rows):
     """The README's table of speeds, from the rows of speed.csv."""
     out = ["| task | script, memory | threads | ours, steps/s | RecurrentPPO, steps/s | ratio | policy, env, batch, update |",
            "|---|---|---|---|---|---|---|"]
     for row in rows:
-        shares = ", ".join(f"{float(row[f'share_{part}']):.0%}" for part in ("policy", "env", "batch", "update"))
         out.append(f"| {row['task']}{' (two LSTMs)' if row['separate_lstm'] == 'True' else ''} | "
                    f"{row['script']}, {row['memory']}{' x 2' if row['layers'] == '2' else ''} | {row['threads']} | "
-                   f"{int(row['ours']):,} | {int(row['sb3']):,} | {row['ratio']} | {shares} |")
+                   f"{int(row['ours']):,} | {int(row['sb3']):,} | {row['ratio']} | {shares(row)} |")
     return "\n".join(out) + "\n"
 
 
@@ -172,10 +176,20 @@ def dqn_speed_table(rows):
     out = ["| task | script, memory | steps/s | an update, ms | acting, us a step | policy, env, batch, update |",
            "|---|---|---|---|---|---|"]
     for row in rows:
-        shares = ", ".join(f"{float(row[f'share_{part}']):.0%}" for part in ("policy", "env", "batch", "update"))
         task = f"T-Maze {row['length']}" if row["length"] != "0" else "RepeatPrevious"
         out.append(f"| {task} | {row['script']}, {row['memory']}{' x 2' if row['layers'] == '2' else ''} | "
-                   f"{int(row['steps_per_second']):,} | {row['update_ms']} | {row['policy_us']} | {shares} |")
+                   f"{int(row['steps_per_second']):,} | {row['update_ms']} | {row['policy_us']} | {shares(row)} |")
+    return "\n".join(out) + "\n"
+
+
+def off_policy_speed_table(rows):
+    """The README's table of the off-policy scripts' speeds, from the rows of off-policy-speed.csv."""
+    out = ["| script, memory | ours, steps/s | SB3 without memory, steps/s | ratio | a gradient step: ours, ms | SB3, ms | "
+           "policy, env, batch, update |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        sb3 = f"{row['algorithm']}, {int(row['sb3']):,} | {row['ratio']}" if row["algorithm"] else "- | -"
+        ms = f"{row['ours_ms']} | {row['sb3_ms'] if row['algorithm'] else '-'}"
+        out.append(f"| {row['script']}, {row['memory']} | {int(row['ours']):,} | {sb3} | {ms} | {shares(row)} |")
     return "\n".join(out) + "\n"
 
 
@@ -236,6 +250,7 @@ def with_tables(readme, results):
                               ("popgym-aggregate", "popgym-aggregate.csv", aggregate_table),
                               ("dqn-aggregate", "dqn-aggregate.csv", aggregate_table),
                               ("dqn-speed", "dqn-speed.csv", dqn_speed_table),
+                              ("off-policy-speed", "off-policy-speed.csv", off_policy_speed_table),
                               ("speed", "speed.csv", speed_table), ("layers", "layers.csv", layer_table)):
         begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
         before, rest = readme.split(begin)

@@ -1,19 +1,23 @@
-"""The programs in benchmark/ that compute something: the return as a monoid, the horizon report, the truncation figure."""
+"""The programs in benchmark/ that compute something: the return as a monoid, the horizon report, truncation, equal work."""
 import csv
+import dataclasses
 import importlib
+import statistics
 import sys
 
 import gymnasium as gym
 import pytest
 import safetensors.torch
 import torch
+import tyro
 
 import ppo_recurrent_tbb as tbb
 from models.scan import associative_scan
 from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmark"))
-discounted_return, horizon, truncation = (importlib.import_module(x) for x in ("discounted_return", "horizon", "truncation"))
+discounted_return, horizon, plot, speed, truncation = (
+    importlib.import_module(x) for x in ("discounted_return", "horizon", "plot", "speed", "truncation"))
 
 
 def test_the_four_ways_agree_and_a_wrong_one_is_named(monkeypatch):
@@ -146,3 +150,33 @@ def test_truncation_by_default_gives_all_places_in_a_segment_the_same_weight():
         pairs = ((t // L == s // L) & (s <= t)).double()
         expected = [max(0.0, 1 - d / L) for d in range(args.distance + 1)]
         assert truncation.by_distance(pairs, args.distance) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("script", speed.OFF_POLICY)
+def test_speeds_off_policy_runs_train_as_often_and_on_as_many_steps_as_they_say(script, tmp_path, monkeypatch):
+    """stable-baselines3's side takes these numbers from the table; ours must come to them by its own flags."""
+    _, steps, gradient_steps, _, algorithm, transitions = speed.OFF_POLICY[script]
+    module = importlib.import_module(script)
+    args = tyro.cli(module.Args, args=speed.argv(speed.off_policy_flags(speed.Args(), script, "none")))
+    module.check(args)
+    counted = []
+    if hasattr(module, "SequenceReplay"):
+        sample = module.SequenceReplay.sample
+        monkeypatch.setattr(module.SequenceReplay, "sample", lambda *a: (x := sample(*a), counted.append(x[0].sum()))[0])
+    run = module.train(dataclasses.replace(args, total_timesteps=speed.LEARNING_STARTS + 9 * steps, hidden_size=8, mlp_size=8,
+                                           log_every=steps, runs_dir=str(tmp_path), device="cpu"))
+    rows = [row for row in csv.DictReader((run / "progress.csv").open()) if int(row["global_step"]) > speed.LEARNING_STARTS]
+    first, *_, last = (float(row["charts/gradient_steps"]) for row in rows)
+    assert last - first == pytest.approx(gradient_steps * (len(rows) - 1), abs=1)
+    if algorithm:
+        counted = [float(n) for n in counted or (row["charts/transitions"] for row in rows)]
+        assert statistics.mean(counted) == pytest.approx(transitions, rel=0.02)
+
+
+def test_speeds_off_policy_table():
+    row = {"script": "sac_gru", "memory": "gru", "algorithm": "SAC", "ours": "1000", "sb3": "2000", "ratio": "0.50",
+           "ours_ms": "8.1", "sb3_ms": "4.0", "share_policy": "0.1", "share_env": "0.2", "share_batch": "0.3",
+           "share_update": "0.4"}
+    *_, first, second = plot.off_policy_speed_table([row, row | {"script": "sac_discrete_sbb", "algorithm": ""}]).splitlines()
+    assert first == "| sac_gru, gru | 1,000 | SAC, 2,000 | 0.50 | 8.1 | 4.0 | 10%, 20%, 30%, 40% |"
+    assert second == "| sac_discrete_sbb, gru | 1,000 | - | - | 8.1 | - | 10%, 20%, 30%, 40% |"
