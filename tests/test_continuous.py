@@ -13,7 +13,7 @@ import sac_gru as sac
 import td3_gru as td3
 from envs.batch import BatchEnv, SingleEnv
 from models import MEMORIES
-from tests.helpers import column, run
+from tests.helpers import column, planted, run
 from tests.test_dqn import probed
 from tests.test_replay import SIZES, World
 
@@ -323,13 +323,13 @@ def test_steps_of_the_gradient_are_as_ordered(script, tmp_path, flags):
 
 
 def test_random_actions_at_first_then_the_policys(script, tmp_path):
+    line = "            if global_step < args.learning_starts:\n"
+    script = planted(tmp_path, script, (line, f"            the_policys = action\n{line}"))
     seen, _ = probed(tmp_path, script, "            next_obs, reward, terminated, truncated, infos = envs.step(",
-                     "(global_step, action)", **COUNT, learning_starts=256, policy_lr=(0.0,), total_timesteps=512,
-                     **(dict(exploration_noise=0.05) if script is td3 else {}))
-    early = torch.cat([a for step, a in seen if step < 256])
-    late = torch.cat([a for step, a in seen if step >= 256])
+                     "(global_step, action, the_policys)", **COUNT, learning_starts=256, total_timesteps=512)
+    early = torch.cat([action for step, action, _ in seen if step < 256])
     assert early.abs().max() <= 1 and early.std() == pytest.approx(3**-0.5, abs=0.05)
-    assert late.std() == pytest.approx(0.63 if script is sac else 0.05, abs=0.1 if script is sac else 0.02)
+    assert all(torch.equal(action, the_policys) == (step >= 256) for step, action, the_policys in seen)
 
 
 def test_the_targets_follow(script, tmp_path):

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from gymnasium.envs.classic_control import PendulumEnv
 
+import envs as tasks  # noqa: F401  (registers them)
+
 
 def asked(bits, mode, horizon):
     """What CountInput asks for after these bits, from its definition."""
