@@ -150,3 +150,12 @@ def test_two_flags_moves_as_defined():
             seen = infos["final_obs"][i] if terminated[i] or truncated[i] else obs[i]
             np.testing.assert_allclose(seen[:4], [*p.clip(0, 10), *v], rtol=1e-5)
             assert seen[4:7].tolist() == [1 if visited[i] + reached == stage else -1 for stage in range(3)]
+
+
+def test_two_flags_who_leaves_the_board_does_not_reach_a_flag_at_its_edge():
+    envs = gym.make_vec("TwoFlags-v0", 1)
+    envs.reset(seed=0)
+    batch = envs.unwrapped
+    batch.flags[:], batch.position[:], batch.velocity[:] = 0.0, 1e-6, -0.5
+    _, reward, terminated, _, infos = envs.step(np.zeros((1, 2), np.float32))
+    assert reward < 0 and terminated and not infos["final_info"]["success"][0]
