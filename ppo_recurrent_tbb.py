@@ -39,7 +39,8 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from envs.wrappers import PreviousActionReward, ResetOptions  # importing envs registers its tasks
+from envs.batch import BatchEnv  # importing envs registers its tasks
+from envs.wrappers import PreviousActionReward, ResetOptions
 from models import MEMORIES, Encoder, PolicyHead, RunningMeanStd, init, linear_scan, to_tensors
 
 SCRIPT = Path(__file__).stem
@@ -117,9 +118,11 @@ def make_envs(args, num_envs, play=False, render_mode=None):
     try:
         spec = gym.make(args.env_id, **kwargs).spec
         wrappers = [functools.partial(ResetOptions, options=options)] if options else []
-        if spec.vector_entry_point and not (play or options):
+        if batched := spec.vector_entry_point and not (options or render_mode):
             envs = gym.make_vec(args.env_id, num_envs, **kwargs)             # written for the batch: many times faster
-        if not spec.vector_entry_point or play or options or envs.metadata["autoreset_mode"] != autoreset:
+            if isinstance(envs, BatchEnv):
+                envs.metadata["autoreset_mode"] = autoreset                  # others can but one
+        if not batched or envs.metadata["autoreset_mode"] != autoreset:
             kwargs |= {"render_mode": render_mode} if render_mode else {}
             envs = gym.make_vec(args.env_id, num_envs, "sync", {"autoreset_mode": autoreset}, wrappers, **kwargs)
         if args.prev_action or args.prev_reward:
@@ -362,8 +365,8 @@ def track(args, run):
     try:
         import wandb
 
-        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, id=run.name, resume="allow", dir=run.parent,
-                   config=dataclasses.asdict(args), sync_tensorboard=True, save_code=True)
+        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, id=run.name, dir=run.parent, save_code=True,
+                   resume="allow" if args.resume else "never", config=dataclasses.asdict(args), sync_tensorboard=True)
     except Exception as e:                                  # not installed, not logged in, no network
         if not args.resume:
             run.rmdir()
@@ -385,9 +388,7 @@ def train(args, checkpoint=None):
     if LOCAL_RANK > 0 and args.device in ("auto", "cuda") and torch.cuda.is_available():
         torch.cuda.set_device(LOCAL_RANK)                   # "cuda" now means this one
     T, N, device = args.num_steps, args.num_envs // WORLD_SIZE, pick_device(args)
-    if WORLD_SIZE > 1:
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    batch_size, env_seed = T * args.num_envs, args.seed + RANK * N      # steps of all processes; row i has env_seed + i
+    batch_size, env_seed = T * args.num_envs, args.seed + RANK * N      # steps of all processes; apart for each
     envs = make_envs(args, N)
     eval_envs = make_envs(args, min(args.num_envs, args.eval_episodes), play=True) if args.eval_every else None
     film_envs = make_rendered(args, "rgb_array")[0] if args.capture_video else None
@@ -464,6 +465,8 @@ def train(args, checkpoint=None):
             (run / "videos").mkdir(exist_ok=True)
             write_gif(run / "videos" / f"{global_step}.gif", frames, film_envs)
 
+    if WORLD_SIZE > 1:
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if RANK == 0:
         save()                                              # whenever the process dies, there is something to resume
     interrupted = []

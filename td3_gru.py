@@ -41,7 +41,8 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from envs.wrappers import PreviousActionReward, ResetOptions  # importing envs registers its tasks
+from envs.batch import BatchEnv  # importing envs registers its tasks
+from envs.wrappers import PreviousActionReward, ResetOptions
 from models import MEMORIES, Encoder, init, to_tensors
 
 SCRIPT = Path(__file__).stem
@@ -124,9 +125,11 @@ def make_envs(args, num_envs, play=False, render_mode=None):
     try:
         spec = gym.make(args.env_id, **kwargs).spec
         wrappers = [functools.partial(ResetOptions, options=options)] if options else []
-        if spec.vector_entry_point and not (play or options):
+        if batched := spec.vector_entry_point and not (options or render_mode):
             envs = gym.make_vec(args.env_id, num_envs, **kwargs)             # written for the batch: many times faster
-        if not spec.vector_entry_point or play or options or envs.metadata["autoreset_mode"] != autoreset:
+            if isinstance(envs, BatchEnv):
+                envs.metadata["autoreset_mode"] = autoreset                  # others can but one
+        if not batched or envs.metadata["autoreset_mode"] != autoreset:
             kwargs |= {"render_mode": render_mode} if render_mode else {}
             envs = gym.make_vec(args.env_id, num_envs, "sync", {"autoreset_mode": autoreset}, wrappers, **kwargs)
         if args.prev_action or args.prev_reward:
@@ -481,8 +484,8 @@ def track(args, run):
     try:
         import wandb
 
-        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, id=run.name, resume="allow", dir=run.parent,
-                   config=dataclasses.asdict(args), sync_tensorboard=True, save_code=True)
+        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, id=run.name, dir=run.parent, save_code=True,
+                   resume="allow" if args.resume else "never", config=dataclasses.asdict(args), sync_tensorboard=True)
     except Exception as e:                                  # not installed, not logged in, no network
         if not args.resume:
             run.rmdir()

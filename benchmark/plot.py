@@ -17,6 +17,7 @@ import re
 import statistics
 import sys
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 import matplotlib
@@ -56,6 +57,7 @@ def runs_in(folder, known, unfinished):
                 groups.setdefault(known[name]["group"], {})[tuple(known[name]["cell"]), seed] = path
         elif any(path.glob("progress.csv")) or any(path.glob("events.out.tfevents*")):
             name, seed = re.fullmatch(r"(.+?)((?:__\d+)*)", path.name).groups()             # <env-id>__<script>__<seed>__<time>
+            name += " (not an entry)" if name in known else ""
             groups.setdefault(name, {})[(), seed.strip("_") or "1"] = path
     return groups
 
@@ -74,34 +76,54 @@ def read(run):
     return [row | {"seconds": row["time"] - begin} for _, row in sorted(rows.items())]
 
 
-def collect(group, runs, entry, out):
-    """Writes <group>.csv; returns a row of the table for every run, a dict."""
-    axes, table = list(entry.get("grid", {})), []
-    with (out / f"{group}.csv").open("w", newline="") as f:
-        curves = csv.writer(f)
-        curves.writerow((*axes, "seed", "global_step", "seconds", "value"))
-        for (cell, seed), path in runs.items():
-            rows = read(path)
-            measure = entry.get("measure") or next(m for m, (tag, _) in MEASURES.items() if any(row.get(tag) for row in rows))
-            rows = [row for row in rows if row.get(MEASURES[measure][0])]
-            steps, seconds, values = (np.array([float(row[tag]) for row in rows]) for tag in
-                                      ("global_step", "seconds", MEASURES[measure][0]))
-            kept = sorted({*range(0, len(rows), math.ceil(len(rows) / (25 if axes else 100))), len(rows) - 1})
-            curves.writerows((*cell, seed, int(steps[i]), f"{seconds[i]:.1f}", f"{values[i]:.4g}") for i in kept)
-            end = {"last": f"{values[-1]:.4g}", "steps": int(steps[-1]), "seconds": round(seconds[-1])}
-            if axes:
-                table.append(dict(zip(axes, cell)) | {"seed": seed} | end)
-                continue
-            level, logratios = entry.get("level", math.inf), [float(row.get("debug/first_logratio") or "nan") for row in rows]
-            first = next((i for i, y in enumerate(values) if y >= level), None)
-            table.append({"entry": group, "seed": seed, "measure": measure, "level": entry.get("level", ""),
-                          "steps_to_level": "" if first is None else int(steps[first]),
-                          "seconds_to_level": "" if first is None else round(seconds[first], 1),
-                          "best": f"{max(values):.4g}", **end, "max_first_logratio": f"{max(logratios):.1e}"})
-    return table
+def collect(group, runs, entry, order, out):
+    """Puts the runs into <group>.csv and into the table, in place of earlier ones of the same cell and seed."""
+    axes = list(entry.get("grid", {}))
+    curve_file, table_file = out / f"{group}.csv", out / (f"{group}-table.csv" if axes else "table.csv")
+    identity = itemgetter(*axes, "seed") if axes else itemgetter("entry", "seed")
+    curves, table = {}, {identity(row): row for row in read_csv(table_file)}
+    for row in read_csv(curve_file):
+        curves.setdefault(identity({"entry": group} | row), []).append(row)
+    for (cell, seed), path in runs.items():
+        rows = read(path)
+        measured = [m for m, (tag, _) in MEASURES.items() if any(row.get(tag) for row in rows)]
+        measure = entry.get("measure") or next(iter(measured), None)
+        if measure not in measured:
+            print(f"plot.py: {path} has no {measure or 'return and no success'} yet: left out", file=sys.stderr)
+            continue
+        rows = [row for row in rows if row.get(MEASURES[measure][0])]
+        steps, seconds, values = (np.array([float(row[tag]) for row in rows]) for tag in
+                                  ("global_step", "seconds", MEASURES[measure][0]))
+        kept = sorted({*range(0, len(rows), math.ceil(len(rows) / (25 if axes else 100))), len(rows) - 1})
+        run = dict(zip(axes, cell)) | {"seed": seed}
+        key = identity({"entry": group} | run)
+        curves[key] = [run | {"global_step": int(steps[i]), "seconds": f"{seconds[i]:.1f}", "value": f"{values[i]:.4g}"}
+                       for i in kept]
+        end = {"last": f"{values[-1]:.4g}", "steps": int(steps[-1]), "seconds": round(seconds[-1])}
+        if axes:
+            table[key] = run | end
+            continue
+        level, logratios = entry.get("level", math.inf), [float(row.get("debug/first_logratio") or "nan") for row in rows]
+        first = next((i for i, y in enumerate(values) if y >= level), None)
+        table[key] = {"entry": group, "seed": seed, "measure": measure, "level": entry.get("level", ""),
+                      "steps_to_level": "" if first is None else int(steps[first]),
+                      "seconds_to_level": "" if first is None else round(seconds[first], 1),
+                      "best": f"{max(values):.4g}", **end, "max_first_logratio": f"{max(logratios):.1e}"}
+    values = [list(entry["grid"][axis]) for axis in axes]
+
+    def place(key):                                         # as in tasks.toml; what is not there, last
+        cell, seed = key[:-1] if axes else (), key[-1]
+        name = [x.index(v) if v in x else len(x) for x, v in zip(values, cell)] or [order.get(key[0], len(order)), key[0]]
+        return name, len(seed), seed
+
+    if curves:
+        write_csv(curve_file, [row for key in sorted(curves, key=place) for row in curves[key]])
+        write_csv(table_file, [table[key] for key in sorted(table, key=place)])
 
 
 def read_csv(path):
+    if not path.exists():
+        return []
     with path.open() as f:
         return list(csv.DictReader(f))
 
@@ -348,27 +370,17 @@ def draw_aggregate(group, rows, out):
 
 def main(argv=None):
     args = tyro.cli(Args, args=argv)
-    out, known, tables = Path(args.out), entries(args.tasks), []
+    out, known = Path(args.out), entries(args.tasks)
     groups = runs_in(args.runs_dir, known, args.unfinished)
-    if not groups and not any(out.glob("*.csv")):
+    mistyped = args.runs_dir != Args.runs_dir and not Path(args.runs_dir).is_dir()
+    if mistyped or not (groups or any(out.glob("*.csv"))):
         print(f"plot.py: --runs-dir {args.runs_dir} holds no finished runs; benchmark/run.py makes them", file=sys.stderr)
         sys.exit(2)
     out.mkdir(parents=True, exist_ok=True)
     of_group = {entry["group"]: entry for entry in known.values()}
     order = {name: i for i, name in enumerate(known)}
     for group, runs in groups.items():
-        entry = of_group.get(group, {})
-        runs = dict(sorted(runs.items(), key=lambda item: (order.get("__".join((group, *item[0][0])), 0), item[0][1])))
-        rows = collect(group, runs, entry, out)
-        if "grid" in entry:
-            write_csv(out / f"{group}-table.csv", rows)
-        else:
-            tables += rows
-    new = {row["entry"] for row in tables}
-    if (out / "table.csv").exists():
-        tables += [row for row in read_csv(out / "table.csv") if row["entry"] not in new]
-    if tables:
-        write_csv(out / "table.csv", sorted(tables, key=lambda row: order.get(row["entry"], len(order))))
+        collect(group, runs, of_group.get(group, {}), order, out)
 
     for path in sorted(out.glob("*.csv")):
         if "value" not in path.open().readline().strip().split(","):            # a table, not curves

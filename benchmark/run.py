@@ -73,28 +73,31 @@ class LocalRun:
     def __init__(self, argv, folder, code=ROOT):
         """Raises BlockingIOError while a process that an earlier, killed runner left behind still trains there."""
         folder.parent.mkdir(parents=True, exist_ok=True)
-        self.folder, self.log = folder, folder.with_name(f"{folder.name}.log")
-        with self.log.open("a") as log:                     # the process inherits the lock with the file it prints to
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            log.truncate(0)
-            if folder.exists() and not (folder / "checkpoint.pt").exists():
-                shutil.rmtree(folder)                       # killed before the first checkpoint
-            flags = ["--resume", folder] if folder.exists() else ["--runs-dir", folder.parent, "--run-name", folder.name]
-            self.process = subprocess.Popen(                # not in our terminal's group: Ctrl-C comes from us, and once
-                [sys.executable, *argv[1:], *map(str, flags)], cwd=code, stdout=log, stderr=subprocess.STDOUT,
-                start_new_session=True, env=os.environ | {"TQDM_DISABLE": "1"})
+        self.folder, self.log = folder, folder.with_name(f"{folder.name}.log").open("a+")
+        fcntl.flock(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)                    # the process inherits it with the file
+        self.log.truncate(0)
+        if folder.exists() and not (folder / "checkpoint.pt").exists():
+            shutil.rmtree(folder)                           # killed before the first checkpoint
+        flags = ["--resume", folder] if folder.exists() else ["--runs-dir", folder.parent, "--run-name", folder.name]
+        self.process = subprocess.Popen(                    # not in our terminal's group: Ctrl-C comes from us, and once
+            [sys.executable, *argv[1:], *map(str, flags)], cwd=code, stdout=self.log, stderr=subprocess.STDOUT,
+            start_new_session=True, env=os.environ | {"TQDM_DISABLE": "1"})
 
     def outcome(self):
         """None while it runs, then "finished", "interrupted" or "failed"."""
         if self.process.poll() is None:
             return None
-        text = self.log.read_text()
-        if self.process.returncode == 0 and "\ninterrupted at step" in "\n" + text:
-            return "interrupted"
-        if self.process.returncode == 0 and "\ndone at step" in "\n" + text:
-            (self.folder / "finished").touch()
-            return "finished"
-        return "failed"
+        if not self.log.closed:
+            self.log.seek(0)
+            said = [line.split(" at step")[0] for line in self.log]
+            if self.process.returncode:
+                self.ended = "failed"
+            else:
+                self.ended = "finished" if "done" in said else "interrupted" if "interrupted" in said else "failed"
+            if self.ended == "finished":
+                (self.folder / "finished").touch()
+            self.log.close()                                # only now may another runner have it
+        return self.ended
 
     def interrupt(self):
         """As Ctrl-C: it saves and leaves."""
@@ -105,6 +108,7 @@ class RayRun:
     """The same somewhere in a Ray cluster, where folder and log travel to and from which they come back."""
 
     def __init__(self, argv, folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
         self.folder, self.reference = folder, self.train.remote(argv, folder.name, pack(folder.parent, folder.name))
 
     @classmethod
@@ -114,20 +118,26 @@ class RayRun:
         except ImportError:
             fail("--executor ray needs Ray: pip install ray")
         code = {"working_dir": str(ROOT), "excludes": [".git", ".venv", "runs", "wandb"]}
-        ray.init(address=args.ray_address, runtime_env=code, log_to_driver=False, logging_level="ERROR")
+        print(f"Ray: {args.ray_address or 'the cluster of $RAY_ADDRESS, or this machine'}")
+        try:
+            ray.init(address=args.ray_address, runtime_env=code, log_to_driver=False, logging_level="ERROR")
+        except ConnectionError as e:
+            fail(f"--ray-address {args.ray_address}: {' '.join(str(e).split())}")
         cls.ray, cls.train = ray, ray.remote(num_cpus=args.cpus_per_run, num_gpus=args.gpus_per_run)(cls.train_there)
 
     @staticmethod
     def train_there(argv, name, files):
         with tempfile.TemporaryDirectory() as there:
-            unpack(files, there)
+            unpack(files, Path(there))
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})         # Ray blocks it, and children inherit that
             run = LocalRun(argv, Path(there) / name, Path.cwd())
-            while run.outcome() is None:
+            while True:
                 try:
-                    time.sleep(0.5)
+                    while run.outcome() is None:
+                        time.sleep(0.5)
+                    return run.outcome(), pack(Path(there), name)
                 except KeyboardInterrupt:                   # what cancel() raises here
                     run.interrupt()
-            return run.outcome(), pack(Path(there), name)
 
     def outcome(self):
         if not self.ray.wait([self.reference], timeout=0)[0]:
@@ -138,6 +148,8 @@ class RayRun:
             self.folder.with_name(f"{self.folder.name}.log").write_text(str(e))
             return "failed"
         unpack(files, self.folder.parent)
+        if outcome == "finished":
+            (self.folder / "finished").touch()
         return outcome
 
     def interrupt(self):
@@ -150,13 +162,18 @@ def pack(parent, name):
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for path in (parent / name, parent / f"{name}.log"):
             if path.exists():
-                tar.add(path, path.name)
+                tar.add(path, path.name, filter=lambda info: None if info.name.endswith("/finished") else info)
     return buffer.getvalue()
 
 
 def unpack(files, parent):
-    with tarfile.open(fileobj=io.BytesIO(files)) as tar:
-        tar.extractall(parent, filter="data")
+    """Beside, then renamed: whenever this is interrupted, no run is half there."""
+    with tarfile.open(fileobj=io.BytesIO(files)) as tar, tempfile.TemporaryDirectory(dir=parent) as beside:
+        tar.extractall(beside, filter="data")
+        for path in Path(beside).iterdir():
+            if (parent / path.name).is_dir():
+                shutil.rmtree(parent / path.name)
+            path.replace(parent / path.name)
 
 
 def progress(bar, folder):
@@ -220,6 +237,10 @@ def main():
         while waiting or running:
             for argv, folder in list(waiting) if slots else ():
                 waiting.popleft()
+                if (folder / "finished").exists():          # meanwhile, by another runner
+                    count["finished before"] += 1
+                    all_runs.update()
+                    continue
                 try:
                     run = run_of(argv, folder)
                 except BlockingIOError:                     # wait for it, then see what is missing

@@ -19,6 +19,8 @@ import tyro
 
 ROOT = Path(__file__).parent.parent
 MODELS = ROOT / "benchmark/models"
+HERE = {"runs_dir": "runs", "run_name": None, "render_mode": "auto", "device": "auto", "capture_video": False, "track": False,
+        "wandb_entity": None}  # flags that say where it was trained, and by whom
 sys.path.insert(0, str(ROOT))
 
 
@@ -48,7 +50,7 @@ def main(argv=None):
         with safetensors.safe_open(Path(args.runs_dir) / f"{entry}__{args.seed}" / "model.safetensors", "pt") as f:
             weights, metadata = {name: f.get_tensor(name) for name in f.keys()}, f.metadata()
         flags = json.loads(metadata["args"])
-        metadata["args"] = json.dumps({**flags, "runs_dir": "runs", "run_name": None, "render_mode": "auto"})
+        metadata["args"] = json.dumps(flags | HERE)
         path = MODELS / f"{entry}.safetensors"
         safetensors.torch.save_file(weights, path, metadata)
         returns, lengths, successes, _ = play(path, args.episodes)

@@ -310,6 +310,11 @@ def append(path, row):
 
 def main():
     args = tyro.cli(Args)
+    for flag, names, scripts in (("ours", args.ours, ("sbb", "tbb")), ("dqn", args.dqn, ("sbb", "tbb")),
+                                 ("off-policy", args.off_policy, tuple(OFF_POLICY))):
+        if wrong := [name for name in names if name.split(":")[0] not in scripts or name.count(":") != 1]:
+            print(f"speed.py: --{flag} {wrong[0]} must be script:memory, with one of {', '.join(scripts)}", file=sys.stderr)
+            sys.exit(2)
     way = (run_sb3 if args.child else time_layers if args.memories else time_dqn if args.dqn
            else time_off_policy if args.off_policy else time_ppo)
     way(args)

@@ -31,8 +31,6 @@ class BatchEnv(gym.vector.VectorEnv):
     not the single environment of seed s + i.
     """
 
-    metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
-
     def __init__(self, observation_space, action_space, num_envs=1, render_mode=None, autoreset_mode="SameStep"):
         mode = AutoresetMode(autoreset_mode)
         if mode == AutoresetMode.NEXT_STEP:
@@ -40,7 +38,7 @@ class BatchEnv(gym.vector.VectorEnv):
             #   episodes. Symptom: one step more per episode than the task has, and a learner that fits it.
             #   Test: test_envs.py::test_no_phantom_transition.
             raise ValueError("autoreset_mode must be SameStep or Disabled")
-        self.metadata = {"autoreset_mode": mode}
+        self.metadata = SingleEnv.metadata | {"autoreset_mode": mode}
         self.num_envs, self.render_mode = num_envs, render_mode
         self.single_observation_space, self.single_action_space = observation_space, action_space
         self.observation_space = batch_space(observation_space, num_envs)

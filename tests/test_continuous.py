@@ -387,7 +387,7 @@ def test_a_cue_needs_the_first_step_in_targets(script, tmp_path):
     assert success[True] > 0.9 and success[False] < 0.75
 
 
-@pytest.mark.parametrize("memory, low, high", [("gru", -12, 0), ("lru", -12, 0), ("none", -80, -14)])
+@pytest.mark.parametrize("memory, low, high", [("gru", -12, 0), ("none", -80, -14)])
 def test_it_learns_what_needs_memory_and_not_without(script, tmp_path, memory, low, high):
     """Ones among the last three bits, for 30 steps. Who knows the newest bit only is wrong by half a one a step: -15. The
     previous action could carry what was seen, so the agent without memory does not get it."""

@@ -78,6 +78,24 @@ def test_an_entry_gives_curves_a_line_a_seed_and_figures(tmp_path, draw):
     assert (ROOT / "README.md").read_text() == readme                           # which speaks of the committed results only
 
 
+def test_a_partial_rerun_replaces_its_seeds_and_what_has_no_values_yet_is_named(tmp_path, draw, capsys):
+    write_run(tmp_path / "runs/one__1", "eval/episodic_return", [0, 1])
+    write_run(tmp_path / "runs/one__2", "eval/episodic_return", [0, 2])
+    before = draw()
+    kept = [row for row in rows_of(before / "one.csv") if row["seed"] == "1"]
+    shutil.rmtree(tmp_path / "runs")
+    write_run(tmp_path / "runs/one__2", "eval/episodic_return", [0, 3, 4])
+    write_run(tmp_path / "runs/one__3", "eval/episodic_return", ["", ""])
+    write_run(tmp_path / "runs/begun", "charts/episodic_return", [])
+    write_run(tmp_path / "runs/one", "charts/success", [1])                     # somebody's run, not the entry's
+    out = draw()
+    assert {(row["entry"], row["seed"], row["last"]) for row in rows_of(out / "table.csv")} == {
+        ("one", "1", "1"), ("one", "2", "4"), ("one (not an entry)", "1", "1")}
+    assert [row["value"] for row in rows_of(out / "one.csv")] == [row["value"] for row in kept] + ["0", "3", "4"]
+    error = capsys.readouterr().err
+    assert "one__3" in error and "begun" in error and error.count("left out") == 2 and not (out / "begun.csv").exists()
+
+
 def test_a_grid_is_drawn_from_its_csv_files_alone(tmp_path, draw):
     for task, score in (("easy", 1), ("hard", 0.5)):
         for batching, gain in (("sbb", 0), ("tbb", 0.2)):

@@ -1,55 +1,74 @@
-"""benchmark/run.py: entries become runs, whatever happens in between."""
+"""benchmark/run.py: entries become runs, whatever happens in between. On a stand-in for the scripts, which starts at once;
+test_walk.py and the gate run it on the real ones."""
 import csv
 import shlex
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
 from tests.conftest import ROOT
-from tests.helpers import comparable, wait_for
+from tests.helpers import wait_for
 
-TASKS = '''
-[poc]
-command = """python ppo_recurrent_sbb.py --num-envs 4 --num-steps 32 --num-minibatches 2 --checkpoint-every 128 \\
---total-timesteps {steps}"""
+SCRIPT = """
+import argparse, json, pathlib, signal, sys, time
+parser = argparse.ArgumentParser()
+for flag in ("--seed", "--steps", "--pause", "--runs-dir", "--run-name", "--resume", "--wrong"):
+    parser.add_argument(flag)
+args = parser.parse_args()
+if args.wrong:
+    sys.exit("fake.py: --wrong is wrong")
+run = pathlib.Path(args.resume or pathlib.Path(args.runs_dir) / args.run_name)
+run.mkdir(parents=True, exist_ok=bool(args.resume))
+checkpoint, progress, stop = run / "checkpoint.pt", run / "progress.csv", []
+begin = int(checkpoint.read_text()) if args.resume else 0
+(run / "args.json").write_text(json.dumps({"total_timesteps": int(args.steps)}))
+signal.signal(signal.SIGINT, lambda *_: stop.append(1))
+for step in range(begin + 1, int(args.steps) + 1):
+    if stop:
+        print(f"interrupted at step {step - 1}")
+        sys.exit()
+    time.sleep(float(args.pause))
+    with progress.open("a") as f:
+        f.write("global_step,charts/success\\n" * (step == 1) + f"{step},{int(args.seed) / step}\\n")
+    checkpoint.with_suffix(".tmp").write_text(str(step))
+    checkpoint.with_suffix(".tmp").replace(checkpoint)
+print(f"done at step {args.steps}")
+"""
+TASKS = """
+[quick]
+command = "python {script} --steps {steps} --pause 0.05"
 suite = "small"
 seeds = [1, 2]
-measure = "success"
-level = 0.9
 
 [broken]
-command = "python ppo_recurrent_sbb.py --total-timesteps 4096 --num-minibatches {minibatches}"
+command = "python {script} --steps 2 --pause 0 {wrong}"
 suite = "others"
 seeds = [3]
-measure = "success"
-level = 0.9
 
 [grid]
-command = "python ppo_recurrent_tbb.py --env-id popgym-{{task}}-v0 --memory {{memory}} {{batching}}"
+command = "python {script} --steps 2 --pause 0 --task {{task}} --memory {{memory}}"
 suite = "others"
 seeds = [1]
-measure = "return"
 
 [grid.grid.task]
-first = "RepeatFirstEasy"
-previous = "RepeatPreviousEasy"
+first = "RepeatFirst"
+previous = "RepeatPrevious"
 
 [grid.grid.memory]
 lru = "lru"
-
-[grid.grid.batching]
-whole = "--full-episodes"
-'''
+"""
 
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts run.py on the entries above; those who differ from them say how."""
-    def start(*flags, steps=384, minibatches=10_000):
-        tasks = tmp_path / f"{steps}-{minibatches}.toml"
-        tasks.write_text(TASKS.format(steps=steps, minibatches=minibatches))
+    """Starts run.py on the entries above."""
+    def start(*flags, steps=3, wrong="--wrong 1"):
+        script, tasks = tmp_path / "fake.py", tmp_path / f"{steps}{wrong}.toml"
+        script.write_text(SCRIPT)
+        tasks.write_text(TASKS.format(script=script, steps=steps, wrong=wrong))
         command = [sys.executable, "benchmark/run.py", "--tasks", tasks, "--runs-dir", tmp_path / "runs", *flags]
         return subprocess.Popen([str(x) for x in command], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
@@ -57,15 +76,14 @@ def start(tmp_path):
 
 
 def rows_of(folder):
-    return comparable(csv.DictReader((folder / "progress.csv").open()))
+    return list(csv.reader((folder / "progress.csv").open()))
 
 
 def test_dry_run_prints_the_exact_commands(start, tmp_path):
     out, _ = start("--dry-run", "--suite", "others", "--only", "grid").communicate()
-    assert out.splitlines() == [
-        f"python ppo_recurrent_tbb.py --env-id popgym-Repeat{task}Easy-v0 --memory lru --full-episodes --seed 1"
-        for task in ("First", "Previous")]
-    out, _ = start("--dry-run", "--seeds", "7", "8", "--only", "poc").communicate()
+    assert out.splitlines() == [f"python {tmp_path}/fake.py --steps 2 --pause 0 --task Repeat{task} --memory lru --seed 1"
+                                for task in ("First", "Previous")]
+    out, _ = start("--dry-run", "--seeds", "7", "8", "--only", "quick").communicate()
     assert [shlex.split(line)[-2:] for line in out.splitlines()] == [["--seed", "7"], ["--seed", "8"]]
     assert not (tmp_path / "runs").exists()
 
@@ -80,47 +98,74 @@ def test_bad_input(start, tmp_path, flags, says):
 
 
 def test_a_killed_suite_completes_only_what_is_missing(start, tmp_path):
-    """Killed without warning, then with: finished runs are left alone, the others go on, with the rows of a whole run."""
-    whole = start("--suite", "small", "--seeds", "1", "--runs-dir", tmp_path / "whole", steps=7_680)
+    """Killed without warning, then with: finished runs are left alone, the other goes on, no row is lost and none twice."""
     runs = tmp_path / "runs"
     assert start("--suite", "small", "--seeds", "2").wait() == 0
-    untouched = {path: path.stat().st_mtime_ns for path in (runs / "poc__2").iterdir()}
-    runner = start("--suite", "small", steps=7_680)                             # more steps, but seed 2 has finished
-    wait_for(runs / "poc__1" / "checkpoint.pt")
+    untouched = {path: path.stat().st_mtime_ns for path in (runs / "quick__2").iterdir()}
+    runner = start("--suite", "small", steps=200)                               # more steps, but seed 2 has finished
+    wait_for(runs / "quick__1" / "checkpoint.pt")
     runner.kill()                                                               # what it started goes on
     runner.communicate()
-    runner = start("--suite", "small", steps=7_680)
-    runner.terminate()
-    out, _ = runner.communicate()
-    assert runner.returncode in (130, -signal.SIGTERM), out                     # the latter: before it could listen
-    runner = start("--suite", "small", steps=7_680)
-    out, _ = runner.communicate()
-    assert runner.returncode == 0 and "poc__1: finished" in out and "1 finished before, 1 finished" in out, out
-    assert whole.wait() == 0 and rows_of(runs / "poc__1") == rows_of(tmp_path / "whole" / "poc__1")
-    assert untouched == {path: path.stat().st_mtime_ns for path in (runs / "poc__2").iterdir()}
+    second, third = start("--suite", "small", steps=200), start("--suite", "small", steps=200)
+    time.sleep(3)                                                               # they wait for it
+    assert not (runs / "quick__1" / "finished").exists()
+    second.terminate()
+    second.communicate()
+    out, error = third.communicate()
+    assert second.returncode == 130 and third.returncode == 0 and "quick__1: finished" in out, out + error
+    assert "1 finished before, 1 finished" in out
+    assert [row[0] for row in rows_of(runs / "quick__1")] == ["global_step", *map(str, range(1, 201))]
+    assert untouched == {path: path.stat().st_mtime_ns for path in (runs / "quick__2").iterdir()}
     assert "2 finished before" in start("--suite", "small").communicate()[0]
+
+
+def test_ctrl_c_lets_the_runs_save_and_the_next_start_resumes_them(start, tmp_path):
+    runner = start("--suite", "small", steps=100)
+    for seed in (1, 2):
+        wait_for(tmp_path / f"runs/quick__{seed}/checkpoint.pt")
+    runner.send_signal(signal.SIGINT)
+    runner.communicate()
+    assert runner.returncode == 130
+    for seed in (1, 2):
+        rows = rows_of(tmp_path / f"runs/quick__{seed}")
+        assert (tmp_path / f"runs/quick__{seed}.log").read_text() == f"interrupted at step {rows[-1][0]}\n"
+    out, _ = start("--suite", "small", steps=100).communicate()
+    assert "2 finished" in out and [int(row[0]) for row in rows_of(tmp_path / "runs/quick__1")[1:]] == list(range(1, 101))
 
 
 def test_a_failed_run_is_named_left_and_retried(start, tmp_path):
     runner = start("--only", "broken")
     out, _ = runner.communicate()
-    assert runner.returncode == 1 and "broken__3: failed" in out and "--num-minibatches 10000 do not fit" in out
-    runner = start("--only", "broken", minibatches=8)
+    assert runner.returncode == 1 and "broken__3: failed" in out and "--wrong is wrong" in out
+    runner = start("--only", "broken", wrong="")
     out, _ = runner.communicate()
-    assert runner.returncode == 1 and "--retry" in out and "do not fit" in out and not (tmp_path / "runs/broken__3").exists()
-    assert start("--only", "broken", "--retry", minibatches=8).wait() == 0
+    assert runner.returncode == 1 and "--retry" in out and "is wrong" in out and not (tmp_path / "runs/broken__3").exists()
+    assert start("--only", "broken", "--retry", wrong="").wait() == 0
     assert (tmp_path / "runs/broken__3/finished").exists()
     assert "1 finished before" in start("--only", "broken").communicate()[0]
 
 
-def test_ray_gives_the_same_files(start, tmp_path):
+def test_ray_gives_the_same_files_and_brings_back_what_is_interrupted(start, tmp_path):
     pytest.importorskip("ray", reason="pip install ray")
     assert start("--suite", "small").wait() == 0
     runner = start("--suite", "small", "--executor", "ray", "--runs-dir", tmp_path / "ray")
     out, error = runner.communicate()
     assert runner.returncode == 0, out + error
     for seed in (1, 2):
-        local, ray = tmp_path / "runs" / f"poc__{seed}", tmp_path / "ray" / f"poc__{seed}"
-        plain = [{p.name for p in folder.iterdir() if "tfevents" not in p.name} for folder in (local, ray)]
-        assert plain[0] == plain[1] >= {"progress.csv", "model.safetensors", "checkpoint.pt", "args.json", "finished"}
-        assert rows_of(local) == rows_of(ray) and len(list(ray.glob("events*"))) == 1
+        local, ray = tmp_path / "runs" / f"quick__{seed}", tmp_path / "ray" / f"quick__{seed}"
+        assert {p.name: p.read_text() for p in local.iterdir()} == {p.name: p.read_text() for p in ray.iterdir()}
+        assert (ray / "finished").exists() and (tmp_path / "ray" / f"quick__{seed}.log").read_text() == "done at step 3\n"
+    runner = start("--suite", "small", "--seeds", "5", "--executor", "ray", steps=10_000)
+    while not any(process_of("fake.py")):
+        time.sleep(0.1)
+    time.sleep(2)
+    runner.send_signal(signal.SIGINT)
+    out, error = runner.communicate()
+    assert runner.returncode == 130, out + error
+    reached = int(rows_of(tmp_path / "runs/quick__5")[-1][0])
+    assert 0 < reached < 10_000 and (tmp_path / "runs/quick__5.log").read_text() == f"interrupted at step {reached}\n"
+    assert not any(process_of("fake.py"))
+
+
+def process_of(name):
+    return subprocess.run(["pgrep", "-f", f"python[^ ]* [^ ]*{name} --steps 10000"], capture_output=True).stdout.split()

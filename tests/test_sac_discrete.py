@@ -106,8 +106,8 @@ def test_the_temperature_is_fixed_or_moves_entropy_to_its_target(tmp_path):
         assert (entropies[0] < target_entropy * math.log(4) + 1e-6) == rises
 
 
-@pytest.mark.parametrize("memory, low, high", [("lru", 1.0, 1.0), ("none", 0.0, 0.8)])
-def test_it_learns_what_needs_memory_and_not_without(tmp_path, memory, low, high):
+def test_without_memory_the_cue_is_a_coin(tmp_path):
+    """With it the same command gets 1.0: entry smoke-sac-discrete, which the gate runs."""
     args = {name: value for name, value in vars(script.Args()).items() if name not in ("run_name", "runs_dir", "device")}
-    rows, _ = run(tmp_path, script, **{**args, "memory": memory, "eval_every": args["total_timesteps"] // 10})
-    assert low <= float(rows[-1]["eval/success"]) <= high
+    rows, _ = run(tmp_path, script, **{**args, "memory": "none", "eval_every": args["total_timesteps"] // 10})
+    assert float(rows[-1]["eval/success"]) <= 0.8
