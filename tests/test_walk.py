@@ -59,7 +59,8 @@ def test_a_memory_in_ten_lines_obeys_the_laws_and_trains(clone):
 def test_a_result_is_rerun_and_drawn(clone):
     assert "1 finished" in follow(clone, block("rerun"))
     row, = csv.DictReader((clone / "runs/figures/table.csv").open())
-    published = next(csv.DictReader((clone / "benchmark/results/table.csv").open()))
+    table = csv.DictReader((clone / "benchmark/results/table.csv").open())
+    published = next(published for published in table if published["entry"] == "poc-gru")
     same = ("entry", "seed", "measure", "level", "steps")
     assert [row[k] for k in same] == [published[k] for k in same] and float(row["last"]) > 0.98
     assert (clone / "runs/figures/poc-gru.png").exists() and (clone / "runs/figures/poc-gru.svg").exists()
