@@ -387,18 +387,18 @@ def test_a_cue_needs_the_first_step_in_targets(script, tmp_path):
     assert success[True] > 0.9 and success[False] < 0.75
 
 
-@pytest.mark.parametrize("memory, low, high", [("gru", -12, 0), ("none", -80, -14)])
-def test_it_learns_what_needs_memory_and_not_without(script, tmp_path, memory, low, high):
+def test_it_does_not_learn_what_needs_memory_without(script, tmp_path):
     """Ones among the last three bits, for 30 steps. Who knows the newest bit only is wrong by half a one a step: -15. The
-    previous action could carry what was seen, so the agent without memory does not get it."""
+    previous action could carry what was seen, so the agent without memory does not get it. With memory: entries smoke-sac and
+    smoke-td3, which the gate runs."""
     rows, _ = run(tmp_path, script, env_id="CountInput-v0", env_kwargs='{"horizon": 3, "divisor": 3, "episode_length": 30}',
-                  memory=memory, prev_action=memory != "none", gamma=0.0, hidden_size=32, mlp_size=32, seq_len=15,
+                  memory="none", prev_action=False, gamma=0.0, hidden_size=32, mlp_size=32, seq_len=15,
                   batch_size=32, num_envs=16, train_every=64, replay_ratio=0.1, learning_starts=1_000, exploration_noise=0.3,
                   policy_learning_starts=2_000, policy_frequency=1, q_lr=(3e-3,),
                   policy_lr=(3e-3,) if script is sac else (1e-3,), alpha=0.1, alpha_lr=(3e-3,),
                   target_entropy=-3.0, total_timesteps=8_000, eval_every=8_000, eval_episodes=50, log_every=2_000,
                   buffer_size=10_000)
-    assert low <= float(rows[-1]["eval/episodic_return"]) <= high
+    assert float(rows[-1]["eval/episodic_return"]) <= -14
 
 
 def test_enjoying_count_input_prints_counts_and_predictions(script, tmp_path, capsys):
