@@ -72,7 +72,7 @@ def read(run):
     for tag in events.Tags()["scalars"]:
         for event in events.Scalars(tag):
             rows.setdefault(event.step, {"global_step": event.step, "time": event.wall_time})[tag] = str(event.value)
-    begin = min(row["time"] for row in rows.values())
+    begin = min((row["time"] for row in rows.values()), default=0.0)
     return [row | {"seconds": row["time"] - begin} for _, row in sorted(rows.items())]
 
 
@@ -129,10 +129,12 @@ def read_csv(path):
 
 
 def write_csv(path, rows):
-    with path.open("w", newline="") as f:
+    beside = path.with_suffix(".tmp")
+    with beside.open("w", newline="") as f:
         writer = csv.DictWriter(f, rows[0])
         writer.writeheader()
         writer.writerows(rows)
+    beside.replace(path)                                    # whenever this is interrupted, the old file or the new one, whole
 
 
 def iqm(scores):
@@ -394,8 +396,8 @@ def main(argv=None):
         table = read_csv(out / f"{group}-table.csv")
         if "reference" in entry:
             draw_lengths(group, table, entry, out)
-        if list(entry["grid"])[0] == "task" and len({row["task"] for row in table}) > 1:
-            rows = aggregate(table)
+        of_tasks = list(entry["grid"])[0] == "task" and len({row["task"] for row in table}) > 1
+        if of_tasks and (rows := aggregate(table)):         # none as long as every arm lacks a task
             write_csv(out / f"{group}-aggregate.csv", rows)
             draw_aggregate(group, rows, out)
     if out.resolve() == RESULTS:

@@ -114,11 +114,18 @@ def test_a_grid_is_drawn_from_its_csv_files_alone(tmp_path, draw):
     assert {path.name: path.read_bytes() for path in draw().iterdir()} == kept
 
 
+def test_a_grid_of_which_every_arm_lacks_a_task_has_no_aggregate_yet(tmp_path, draw):
+    for cell in ("easy__lru__sbb", "hard__lru__tbb"):
+        write_run(tmp_path / f"runs/many__{cell}__1", "charts/episodic_return", [0, 1])
+    assert {path.name for path in draw().glob("*.png")} == {"many.png", "many-seconds.png"}
+
+
 def test_runs_of_others_by_their_tensorboard_events(tmp_path, draw):
     for seed, scale in ((1, 1.0), (2, 3.0)):
         with SummaryWriter(tmp_path / f"runs/CartPole-v1__ppo__{seed}__170000000{seed}") as writer:
             for step in range(0, 50, 10):
                 writer.add_scalar("charts/episodic_return", scale * step, step)
+    SummaryWriter(tmp_path / "runs/without-scalars__1").close()
     (tmp_path / "runs/not-a-run").mkdir()
     out = draw()
     rows = rows_of(out / "CartPole-v1__ppo.csv")
