@@ -133,6 +133,12 @@ def test_ctrl_c_lets_the_runs_save_and_the_next_start_resumes_them(start, tmp_pa
     assert "2 finished" in out and [int(row[0]) for row in rows_of(tmp_path / "runs/quick__1")[1:]] == list(range(1, 101))
 
 
+def test_what_was_killed_before_its_first_checkpoint_begins_anew(start, tmp_path):
+    (tmp_path / "runs/quick__1").mkdir(parents=True)
+    (tmp_path / "runs/quick__1/args.json").write_text("{}")
+    assert start("--suite", "small", "--seeds", "1").wait() == 0 and (tmp_path / "runs/quick__1/finished").exists()
+
+
 def test_a_failed_run_is_named_left_and_retried(start, tmp_path):
     runner = start("--only", "broken")
     out, _ = runner.communicate()

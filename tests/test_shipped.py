@@ -45,3 +45,5 @@ def test_shipping_a_run(tmp_path, monkeypatch):
         ship.main(["poc-gru", "--seed", "7", "--runs-dir", str(tmp_path), "--episodes", "4"])
     row, = csv.DictReader((tmp_path / "models" / "models.csv").open())
     assert (row["entry"], row["seed"], row["episodes"], row["steps"]) == ("poc-gru", "7", "4", "384")
+    args = json.loads(safetensors.safe_open(tmp_path / "models" / "poc-gru.safetensors", "pt").metadata()["args"])
+    assert {name: args[name] for name in ship.HERE} == ship.HERE and args["device"] == "auto"       # it was trained on "cpu"
