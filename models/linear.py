@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from models.scan import linear_scan
 
-SPAN = 32  # a new gated layer, linear or not, has units that remember for 1 to SPAN steps
+SPAN = 32  # a new gated layer, linear or not, has units that remember for 1 to `span` steps, by default so many
 
 
 class LinearRecurrence(nn.Module):
@@ -46,10 +46,10 @@ class MinGRU(LinearRecurrence):
     PITFALL: the paper's log-space scan (its appendix B) cannot take this reset: log 0 = -inf, then -inf - -inf = NaN.
     """
 
-    def __init__(self, size):
+    def __init__(self, size, span=SPAN):
         super().__init__(size, (size,))
         self.maps = nn.Linear(size, 2 * size)
-        self.maps.bias.data[:size] = -torch.empty(size).uniform_(1, SPAN).log()     # chrono: 1 / z from 2 to SPAN + 1
+        self.maps.bias.data[:size] = -torch.empty(size).uniform_(1, span).log()     # chrono: 1 / z from 2 to span + 1
 
     def lift(self, x):
         z, c = self.maps(x).chunk(2, dim=-1)
@@ -67,10 +67,10 @@ class MinLSTM(LinearRecurrence):
     lift a = f, b = i c      readout y = h
     """
 
-    def __init__(self, size):
+    def __init__(self, size, span=SPAN):
         super().__init__(size, (size,))
         self.maps = nn.Linear(size, 3 * size)
-        self.maps.bias.data[size : 2 * size] = -torch.empty(size).uniform_(1, SPAN).log()
+        self.maps.bias.data[size : 2 * size] = -torch.empty(size).uniform_(1, span).log()
 
     def lift(self, x):
         f, i, c = self.maps(x).chunk(3, dim=-1)

@@ -32,18 +32,18 @@ class RNN(nn.Module):
 
     layer, cell, kinds = None, None, None                    # kinds: 1 (h) or 2 (h, c)
 
-    def __init__(self, input_size, hidden_size, num_layers=1):
+    def __init__(self, input_size, hidden_size, num_layers=1, span=SPAN):
         super().__init__()
         self.hidden_size, self.num_layers = hidden_size, num_layers
         self.rnn = self.layer(input_size, hidden_size, num_layers)
         for name, p in self.rnn.named_parameters():          # orthogonal and zero, as recurrent-ppo
             nn.init.orthogonal_(p, 2**0.5) if "weight" in name else nn.init.zeros_(p)
         # DEVIATION (recurrent-ppo model.py, zero biases: half of the state is gone after one step): chrono initialisation
-        #   (Tallec and Ollivier 2018, https://arxiv.org/abs/1804.11188), units remember for 1 to SPAN steps. The second block
+        #   (Tallec and Ollivier 2018, https://arxiv.org/abs/1804.11188), units remember for 1 to `span` steps. The second block
         #   of gates is the GRU's update and the LSTM's forget gate, the LSTM's first block its input gate.
         #   Test: test_models.py::test_gates_remember_for_1_to_span_steps.
         for layer in range(num_layers):
-            bias, remember = getattr(self.rnn, f"bias_ih_l{layer}").data, torch.empty(hidden_size).uniform_(1, SPAN).log()
+            bias, remember = getattr(self.rnn, f"bias_ih_l{layer}").data, torch.empty(hidden_size).uniform_(1, span).log()
             bias[hidden_size : 2 * hidden_size] = remember
             if self.kinds == 2:
                 bias[:hidden_size] = -remember

@@ -155,17 +155,29 @@ def test_initial_policy_is_uniform():
     assert (dist.logp.exp() - 0.25).abs().max() < 0.02
 
 
+@pytest.mark.parametrize("kwargs", [{}, {"span": 500}])
 @pytest.mark.parametrize("name, forget_block", [("gru", 1), ("lstm", 1)])
-def test_gates_remember_for_1_to_span_steps(name, forget_block):
-    """With inputs and state 0 a unit keeps 1 - 1/tau of its state a step, tau spread over 1 to SPAN + 1, in every layer."""
+def test_gates_remember_for_1_to_span_steps(name, forget_block, kwargs):
+    """With inputs and state 0 a unit keeps 1 - 1/tau of its state a step, tau spread over 1 to span + 1, in every layer."""
     torch.manual_seed(0)
-    rnn = MEMORIES[name](3, 200, num_layers=2).rnn
+    rnn, span = MEMORIES[name](3, 200, num_layers=2, **kwargs).rnn, kwargs.get("span", SPAN)
     for layer in range(2):
         bias = (getattr(rnn, f"bias_ih_l{layer}") + getattr(rnn, f"bias_hh_l{layer}")).detach().split(200)
         tau = 1 / (1 - bias[forget_block].sigmoid())
-        assert 2 <= tau.min() < 4 and SPAN - 2 < tau.max() <= SPAN + 1
+        assert 2 <= tau.min() < span / 8 and 0.9 * span < tau.max() <= span + 1
         if name == "lstm":
-            torch.testing.assert_close(bias[0], -bias[1])
+            torch.testing.assert_close(bias[0], -bias[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"span": 500}])
+@pytest.mark.parametrize("name, share", [("mingru", 1), ("minlstm", 0.5)])
+def test_gates_of_linear_recurrences_remember_for_1_to_span_steps(name, share, kwargs):
+    """The same of minGRU; minLSTM's forget gate is 1/2 at first, which halves tau."""
+    torch.manual_seed(0)
+    layers, span = MEMORIES[name](3, 200, 2, **kwargs).layers, kwargs.get("span", SPAN)
+    for layer in layers:
+        tau = 1 / (1 - layer.lift(torch.zeros(1, 1, 200))[0])
+        assert 1 < tau.min() < span / 8 and 0.8 * span < tau.max() / share < 1.2 * span
 
 
 def test_observations_with_negative_strides_are_taken():
