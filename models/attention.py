@@ -38,10 +38,12 @@ class GPT(nn.Module):
 
     def forward(self, x, state, start):
         T, W = len(x), self.kept
-        age, kept, restarts = state[0].clamp(0, W).masked_fill(start[0, :, None], 0), state[1:], start[1:].any()
-        if start[0].any():
+        age, restarts = state[0].clamp(0, W).masked_fill(start[0, :, None], 0), start[1:].any()
+        old = int(age.max().ceil())                                     # kept steps that a row can see
+        used = max(old, W - T)                                          # and those that the state goes on to keep
+        kept = tuple(s[:, W - used :] for s in state[1:])
+        if used and start[0].any():
             kept = tuple(s.masked_fill(start[0, :, None, None], 0) for s in kept)
-        old = int(age.max().ceil())                                     # kept steps that a row can see; the others are left out
         t = torch.arange(T, device=x.device)[:, None]                   # [T, 1]
         last_start = torch.where(start, t, -1).cummax(0).values         # [T, B]
         seen = torch.where(last_start < 0, age.T + t, (t - last_start).to(age.dtype)).clamp(max=W)     # [T, B] earlier steps
@@ -53,9 +55,10 @@ class GPT(nn.Module):
         x, after = self.embed(x).transpose(0, 1).contiguous(), [(seen[-1] + 1).clamp(max=W)[:, None]]          # [B, T, H]
         for block, k_kept, v_kept in zip(self.blocks, kept[::2], kept[1::2]):
             q, k, v = block["qkv"](block["norm"](x)).chunk(3, dim=-1)
-            k, v = torch.cat([k_kept, k], dim=1), torch.cat([v_kept, v], dim=1)             # [B, W + T, H]
-            after += k[:, T:], v[:, T:]
-            k, v = k[:, W - old :], v[:, W - old :]                                         # [B, old + T, H]
+            if used:                                                                        # whole episodes need no copy
+                k, v = torch.cat([k_kept, k], dim=1), torch.cat([v_kept, v], dim=1)         # [B, used + T, H]
+            after += k[:, used + T - W :], v[:, used + T - W :]
+            k, v = k[:, used - old :], v[:, used - old :]                                   # [B, old + T, H]
             y = F.scaled_dot_product_attention(self.rotate(q, old), self.rotate(k, 0), self.split(v), mask, is_causal=causal)
             x = x + block["out"](y.transpose(1, 2).flatten(2))
             x = x + block["mlp"](x)
