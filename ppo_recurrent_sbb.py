@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from envs.batch import BatchEnv  # importing envs registers its tasks
 from envs.wrappers import PreviousActionReward, ResetOptions
-from models import MEMORIES, Encoder, PolicyHead, RunningMeanStd, init, linear_scan, to_tensors
+from models import MEMORIES, Encoder, PolicyHead, RunningMeanStd, init, keep_freed_memory, linear_scan, to_tensors
 
 SCRIPT = Path(__file__).stem
 TAGS = ("charts/episodic_return charts/episodic_length charts/success charts/SPS charts/learning_rate eval/episodic_return "
@@ -661,6 +661,7 @@ def main(argv=None):
         args = tyro.cli(Args, args=argv, default=content["args"])
     check(args)
     torch.set_num_threads(args.num_threads)
+    keep_freed_memory()
     if args.model:
         enjoy(args, content["agent"])
     else:

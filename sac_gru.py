@@ -48,7 +48,7 @@ from tqdm import tqdm
 
 from envs.batch import BatchEnv  # importing envs registers its tasks
 from envs.wrappers import PreviousActionReward, ResetOptions
-from models import MEMORIES, Encoder, init, to_tensors
+from models import MEMORIES, Encoder, init, keep_freed_memory, to_tensors
 
 SCRIPT = Path(__file__).stem
 TAGS = ("charts/episodic_return charts/episodic_length charts/success charts/SPS charts/learning_rate charts/gradient_steps "
@@ -795,6 +795,7 @@ def main(argv=None):
         args = tyro.cli(Args, args=argv, default=content["args"])
     check(args)
     torch.set_num_threads(args.num_threads)
+    keep_freed_memory()
     if args.model:
         enjoy(args, content["agent"])
     else:

@@ -1,4 +1,8 @@
 """Encoders for every space, heads against torch.distributions, running statistics against numpy."""
+import platform
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from models import MEMORIES, Encoder, PolicyHead, RunningMeanStd, to_tensors
 from models.encoder import distinct
 from models.memory import SPAN
+from tests.conftest import ROOT
 
 SPACES = {
     "vector": (spaces.Box(-1, 1, (5,), np.float32), 5),
@@ -235,3 +240,28 @@ def test_whole_episodes_through_gpt_hold_no_matrix_of_steps_by_steps():
         y, _ = memory(torch.randn(T, B, 8), memory.initial_state(B), torch.arange(T)[:, None].expand(T, B) == 0)
         y.sum().backward()
     assert B * T * 16 < largest < T * T / 2
+
+
+FAULTS = """
+import resource, torch
+from models import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(2**24)                                                       # 64 MiB, freed at once
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+first = faults()
+keep_freed_memory()
+faults()
+print(first, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left alone")
+def test_the_memory_of_freed_tensors_is_used_again():
+    """Without page faults: 640 MiB fetched from the system again and again are at least 300 of them (2 MiB pages)."""
+    out = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    before, after = map(int, out.split())
+    assert before > 300 and after < before / 10
