@@ -120,17 +120,20 @@ def test_a_killed_suite_completes_only_what_is_missing(start, tmp_path):
 
 
 def test_ctrl_c_lets_the_runs_save_and_the_next_start_resumes_them(start, tmp_path):
-    runner = start("--suite", "small", steps=100)
+    runner = start("--suite", "small", steps=10_000)
     for seed in (1, 2):
         wait_for(tmp_path / f"runs/quick__{seed}/checkpoint.pt")
     runner.send_signal(signal.SIGINT)
     runner.communicate()
     assert runner.returncode == 130
-    for seed in (1, 2):
-        rows = rows_of(tmp_path / f"runs/quick__{seed}")
-        assert (tmp_path / f"runs/quick__{seed}.log").read_text() == f"interrupted at step {rows[-1][0]}\n"
-    out, _ = start("--suite", "small", steps=100).communicate()
-    assert "2 finished" in out and [int(row[0]) for row in rows_of(tmp_path / "runs/quick__1")[1:]] == list(range(1, 101))
+    reached = {seed: int(rows_of(tmp_path / f"runs/quick__{seed}")[-1][0]) for seed in (1, 2)}
+    for seed, step in reached.items():
+        assert (tmp_path / f"runs/quick__{seed}.log").read_text() == f"interrupted at step {step}\n"
+    steps = max(reached.values()) + 3
+    out, _ = start("--suite", "small", steps=steps).communicate()
+    assert "2 finished" in out
+    for seed in reached:
+        assert [int(row[0]) for row in rows_of(tmp_path / f"runs/quick__{seed}")[1:]] == list(range(1, steps + 1))
 
 
 def test_what_was_killed_before_its_first_checkpoint_begins_anew(start, tmp_path):
