@@ -230,7 +230,8 @@ def main():
     if args.executor == "ray" and waiting:
         RayRun.connect(args)
     run_of = RayRun if args.executor == "ray" else LocalRun
-    signal.signal(signal.SIGTERM, signal.default_int_handler)                   # kill is Ctrl-C
+    for kill in (signal.SIGTERM, signal.SIGINT):            # kill is Ctrl-C, which shells let their background jobs ignore
+        signal.signal(kill, signal.default_int_handler)
     slots, width = set(range(1, args.workers + 1)), max(len(folder.name) for _, folder in jobs)
     all_runs = tqdm(total=len(waiting), desc="runs", unit="run", disable=None)
     try:
