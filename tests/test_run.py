@@ -70,7 +70,8 @@ def start(tmp_path):
         script.write_text(SCRIPT)
         tasks.write_text(TASKS.format(script=script, steps=steps, wrong=wrong))
         command = [sys.executable, "benchmark/run.py", "--tasks", tasks, "--runs-dir", tmp_path / "runs", *flags]
-        return subprocess.Popen([str(x) for x in command], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return subprocess.Popen([str(x) for x in command], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))  # as a script's background job
 
     return start
 
