@@ -7,6 +7,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from models.cpu import Linear
+
 
 class GPT(nn.Module):
     """Decoder-only transformer of pre-norm blocks, x + W attention(LN(x)), then x + MLP(LN(x)) (Radford et al. 2019, GPT-2).
@@ -22,12 +24,12 @@ class GPT(nn.Module):
         while hidden_size % head_size or head_size % 2:                 # the largest even divisor that is not larger
             head_size -= 1
         self.hidden_size, self.kept, self.heads = hidden_size, window - 1, hidden_size // head_size
-        self.embed = nn.Linear(input_size, hidden_size)
+        self.embed = Linear(input_size, hidden_size)
         self.blocks = nn.ModuleList(nn.ModuleDict({
-            "norm": nn.LayerNorm(hidden_size), "qkv": nn.Linear(hidden_size, 3 * hidden_size),
-            "out": nn.Linear(hidden_size, hidden_size),
-            "mlp": nn.Sequential(nn.LayerNorm(hidden_size), nn.Linear(hidden_size, 4 * hidden_size), nn.GELU(),
-                                 nn.Linear(4 * hidden_size, hidden_size))}) for _ in range(num_layers))
+            "norm": nn.LayerNorm(hidden_size), "qkv": Linear(hidden_size, 3 * hidden_size),
+            "out": Linear(hidden_size, hidden_size),
+            "mlp": nn.Sequential(nn.LayerNorm(hidden_size), Linear(hidden_size, 4 * hidden_size), nn.GELU(),
+                                 Linear(4 * hidden_size, hidden_size))}) for _ in range(num_layers))
         self.norm = nn.LayerNorm(hidden_size)
         self.register_buffer("speed", 10_000 ** -torch.linspace(0, 1, head_size // 2), persistent=False)      # [head_size / 2]
 
