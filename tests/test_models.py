@@ -11,6 +11,7 @@ from gymnasium.vector.utils import batch_space
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import MEMORIES, Encoder, PolicyHead, RunningMeanStd, to_tensors
+from models.cpu import Linear
 from models.encoder import distinct
 from models.memory import SPAN
 from tests.conftest import ROOT
@@ -240,6 +241,32 @@ def test_whole_episodes_through_gpt_hold_no_matrix_of_steps_by_steps():
         y, _ = memory(torch.randn(T, B, 8), memory.initial_state(B), torch.arange(T)[:, None].expand(T, B) == 0)
         y.sum().backward()
     assert B * T * 16 < largest < T * T / 2
+
+
+@pytest.mark.parametrize("x", [torch.randn(16, 50, 128), torch.randn(50, 16, 128).transpose(0, 1), torch.randn(512, 1, 128)])
+def test_linear_equals_torchs(x):
+    """With its gradients: over many steps, over those of a time-major tape, over the single one of acting."""
+    ours = Linear(128, 256)
+    layers = ours, torch.nn.Linear(128, 256)
+    layers[1].load_state_dict(ours.state_dict())
+    weight, results = torch.randn(*x.shape[:2], 256), []
+    for layer in layers:
+        y = layer(x.requires_grad_())
+        results.append((y, *torch.autograd.grad((y * weight).sum(), (x, layer.weight, layer.bias))))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+def test_linear_over_many_steps_is_onednns_and_copies_no_activations():
+    x, layer = torch.randn(16, 50, 128, requires_grad=True), Linear(128, 256)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        y = layer(x)
+        torch.autograd.grad(y, (x, *layer.parameters()), torch.ones_like(y))
+    names = {event.name for event in profile.events()}
+    assert {"aten::mkldnn_convolution", "aten::convolution_backward"} <= names and not {"aten::addmm", "aten::mm"} & names
+    copied = [shape for event in profile.events() if event.name == "aten::copy_" for shape in event.input_shapes]
+    assert all(np.prod(shape) < x.numel() for shape in copied), copied
 
 
 FAULTS = """
