@@ -23,8 +23,8 @@ def keep_freed_memory():
 class Linear(nn.Linear):
     """nn.Linear; over many rows of many steps, on a CPU, as a 1 x 1 convolution.
 
-    PERF: torch gives matrix products to MKL, which leaves AVX-512 alone on AMD's processors, but convolutions (one thread: those
-    of 16 rows and more) to oneDNN. On a Zen 5 1.8 times as fast, gradients included; an update of GPT 1.3 times.
+    PERF: torch gives matrix products to MKL, which leaves AVX-512 alone on AMD's processors, but convolutions (one thread:
+    those of 16 rows and more) to oneDNN. On a Zen 5 1.8 times as fast, gradients included; an update of GPT 1.3 times.
     """
 
     def forward(self, x):                                               # [B, T, in] -> [B, T, out]
