@@ -21,14 +21,14 @@ def keep_freed_memory():
 
 
 class Linear(nn.Linear):
-    """nn.Linear; over many rows of many steps, on a CPU, as a 1 x 1 convolution.
+    """nn.Linear; over at least 16 rows of 16 steps, on a CPU, as a 1 x 1 convolution.
 
     PERF: torch gives matrix products to MKL, which leaves AVX-512 alone on AMD's processors, but convolutions (one thread:
-    those of 16 rows and more) to oneDNN. On a Zen 5 1.8 times as fast, gradients included; an update of GPT 1.3 times.
+    of 16 images and more) to oneDNN. On a Zen 5 1.8 times as fast, gradients included; an update of GPT 1.3 times.
     """
 
     def forward(self, x):                                               # [B, T, in] -> [B, T, out]
-        if x.device.type != "cpu" or len(x) < 16 or x.shape[1] == 1:
+        if x.device.type != "cpu" or min(x.shape[:2]) < 16:
             return super().forward(x)
         columns = x.unsqueeze(1).permute(0, 3, 1, 2)                    # [B, in, 1, T], in memory as they were
         return F.conv2d(columns, self.weight[..., None, None], self.bias).permute(0, 2, 3, 1).squeeze(1)
