@@ -269,6 +269,15 @@ def test_linear_over_many_steps_is_onednns_and_copies_no_activations():
     assert all(np.prod(shape) < x.numel() for shape in copied), copied
 
 
+@pytest.mark.parametrize("B, T", [(512, 1), (8, 50), (50, 8)])
+def test_linear_over_few_rows_or_short_ones_is_no_convolution(B, T):
+    """There it would be the slower one."""
+    with torch.profiler.profile() as profile:
+        Linear(128, 256)(torch.randn(B, T, 128))
+    names = {event.name for event in profile.events()}
+    assert "aten::linear" in names and "aten::convolution" not in names
+
+
 FAULTS = """
 import resource, torch
 from models import keep_freed_memory
