@@ -505,7 +505,7 @@ def train(args, checkpoint=None):
             starts[t] = next_start
             # KNOWN BUG (recurrent-ppo readme): saving the state after the step or the reset. Symptom: logratio != 0 before
             #   the first gradient step, learning a little worse. Here: saved before both; `start` repeats the reset in
-            #   training. Test: test_ppo.py::test_classic_bug_state_saved_too_late.
+            #   training. Test: test_ppo_recurrent_sbb.py::test_classic_bug_state_saved_too_late.
             states.append(state)
             with torch.inference_mode():                    # acting is a sequence of length 1
                 dist, value, state = agent(add_time(next_obs), state, memory_starts[t : t + 1])

@@ -403,7 +403,8 @@ def train(args, checkpoint=None):
     state = agent.memory.initial_state(N)                   # tuple of [N, ...]
     discounted = torch.zeros(N, device=device)              # running discounted return, for --norm-reward
     episode_return, episode_length = np.zeros(N), np.zeros(N)
-    K, prefix = len(next_obs), tuple(x.new_zeros(0, *x.shape) for x in (*next_obs, next_start, *state))     # [P, N, ...] each
+    K, prefix = len(next_obs), tuple(x.new_zeros(0, *x.shape) for x in (*next_obs, next_start))             # [P, N, ...] each
+    tape_state = state                                      # the memory before the tape's first step
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["rng"])
@@ -415,7 +416,7 @@ def train(args, checkpoint=None):
         if checkpoint["envs"] and same and WORLD_SIZE == 1:  # our own tasks go on to the bit, as if never interrupted
             envs.unwrapped.load_state_dict(checkpoint["envs"])
             tensors_of = (tuple(x.to(device) for x in xs) for xs in checkpoint["tensors"])
-            next_obs, state, (next_start, discounted), prefix = tensors_of
+            next_obs, state, (next_start, discounted), prefix, tape_state = tensors_of
             episode_return, episode_length = (x.numpy() for x in checkpoint["episodes"])
         else:                                               # others cannot be saved: new episodes, not the first ones again
             next_obs = tensors(envs.reset(seed=env_seed + global_step)[0])
@@ -454,7 +455,7 @@ def train(args, checkpoint=None):
             "agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
             "envs": {k: v if isinstance(v, str) else torch.as_tensor(v) for k, v in env_state.items()},
-            "tensors": (next_obs, state, (next_start, discounted), prefix),
+            "tensors": (next_obs, state, (next_start, discounted), prefix, tape_state),
             "episodes": (torch.as_tensor(episode_return), torch.as_tensor(episode_length))}
         save_atomically(run / "model.safetensors",
                         lambda path: safetensors.torch.save_file(agent.state_dict(), path, metadata))
@@ -499,19 +500,14 @@ def train(args, checkpoint=None):
         P = len(prefix[0])
         if P:                                               # act on with what today's weights make of the episode so far
             with torch.no_grad():
-                _, _, state = agent(prefix[:K], tuple(s[0] for s in prefix[K + 1 :]), prefix[K])
+                _, _, state = agent(prefix[:K], tape_state, prefix[K])
             state = tuple(s.clone() for s in state)         # not views of the whole prefix: checkpoints would hold all of it
-        states = []                                         # T tuples of [N, ...]: the memory *before* step t
         final_values.zero_()
         ended = np.zeros((T, N, 3))                         # return, length, success of episodes; 0 where none ends
         for t in range(T):
             for o, next_o in zip(obs, next_obs):
                 o[t] = next_o
             starts[t] = next_start
-            # KNOWN BUG (recurrent-ppo readme): saving the state after the step or the reset. Symptom: logratio != 0 before
-            #   the first gradient step, learning a little worse. Here: saved before both; `start` repeats the reset in
-            #   training. Test: test_ppo.py::test_classic_bug_state_saved_too_late.
-            states.append(state)
             with torch.inference_mode():                    # acting is a sequence of length 1
                 dist, value, state = agent(add_time(next_obs), state, memory_starts[t : t + 1])
                 action = dist.sample()                      # [1, N, ...]
@@ -551,12 +547,11 @@ def train(args, checkpoint=None):
         # -------------------------------------------------------------- batch: columns of tape, as they are
         # With --full-episodes the tape begins P steps earlier. What is not of an unfinished episode there needs no mask: the
         # next start makes the memory forget it.
-        tape = tuple(torch.cat(pair) for pair in                                            # [P + T, N, ...] each
-                     zip(prefix, (*obs, memory_starts, *(torch.stack(s) for s in zip(*states)))))
+        tape = tuple(torch.cat(pair) for pair in zip(prefix, (*obs, memory_starts)))        # [P + T, N, ...] each
         tape_obs, tape_starts = tape[:K], tape[K]
-        # PITFALL: starting columns from initial_state() trains a policy that never acted. Symptom: logratio != 0 before the
-        #   first gradient step; the curve may look fine. Test: test_ppo_recurrent_tbb.py::test_first_logratio_is_zero.
-        tape_state = tuple(s[0] for s in tape[K + 1 :])     # tuple of [N, ...]
+        # PITFALL: starting columns from initial_state() or the newest state, not tape_state, trains a policy that never acted.
+        #   Symptom: logratio != 0 before the first gradient step; the curve may look fine.
+        #   Test: test_ppo_recurrent_tbb.py::test_pitfall_columns_from_another_state.
         lap("batch")
 
         # -------------------------------------------------------------- update: minibatches of whole columns
@@ -599,11 +594,20 @@ def train(args, checkpoint=None):
                 break
         if args.norm_obs:                                   # only now: this update had to see what the acting policy saw
             agent.encoder.update_stats(tuple(gather(o).flatten(0, 1) for o in obs))
+        oldest = 0
         if args.full_episodes:                              # the next tape begins with the steps of the episodes that go on
             row = torch.arange(P + T, device=device)[:, None]
             age = P + T - torch.where(tape_starts, row, 0).amax(0)                          # [N] steps since the last start
-            P = min(args.max_prefix, int(torch.where(next_start & args.reset_state, 0, age).max()))
-        prefix = tuple(x[len(x) - (P if args.full_episodes else 0) :].clone() for x in tape)
+            oldest = int(torch.where(next_start & args.reset_state, 0, age).max())
+        P = min(args.max_prefix, oldest)
+        cut = len(tape_starts) - P                          # where the next tape begins in this one
+        if P == 0:
+            tape_state = state
+        elif P < oldest:                                    # with --max-prefix inside an episode; else all columns forget
+            with torch.no_grad():
+                _, _, tape_state = agent(tuple(o[:cut] for o in tape_obs), tape_state, tape_starts[:cut])
+            tape_state = tuple(s.clone() for s in tape_state)
+        prefix = tuple(x[cut:].clone() for x in tape)
         lap("update")
 
         # -------------------------------------------------------------- log, checkpoint

@@ -40,13 +40,6 @@ def test_classic_bug_none_as_hidden_state(script, tmp_path, capsys):
                                              f"y, state = self.memory({x}, self.memory.initial_state(start.shape[1]), start) "))
 
 
-def test_classic_bug_state_saved_too_late(script, tmp_path, capsys):
-    """The state is saved after the step has moved it."""
-    assert_caught(tmp_path, capsys, script, ("            states.append(state)\n", ""),
-                  ("                action = dist.sample() ", "                states.append(state)\n"
-                   "                action = dist.sample() "))
-
-
 def test_normalisation_travels_with_the_model(script, tmp_path):
     _, folder = run(tmp_path, script, norm_obs=True, norm_reward=True)
     content = script.load("--model", folder / "model.safetensors", script.read_model)

@@ -50,6 +50,13 @@ def test_first_logratio_is_zero(tmp_path, memory, layers, changes):
     assert max(column(rows, "losses/approx_kl")) > 1e-6                         # and then the policy did move
 
 
+def test_classic_bug_state_saved_too_late(tmp_path, capsys):
+    """The state is saved after the step has moved it."""
+    assert_caught(tmp_path, capsys, ppo, ("            states.append(state)\n", ""),
+                  ("                action = dist.sample() ", "                states.append(state)\n"
+                   "                action = dist.sample() "))
+
+
 def test_classic_bug_reshape(tmp_path, capsys):
     """Steps ordered (segment, time) reshaped to (time, segment)."""
     assert_caught(tmp_path, capsys, ppo, ("x = x.new_zeros(*mask.shape, x.shape[-1]).index_put_((mask,), x) ",

@@ -1,5 +1,6 @@
 """ppo_recurrent_tbb.py: columns of tape, and --full-episodes. What it shares with others: test_scripts.py."""
 import csv
+import gc
 
 import gymnasium as gym
 import numpy as np
@@ -28,9 +29,10 @@ def test_first_logratio_is_zero(tmp_path, memory, layers, changes):
     assert max(column(rows, "losses/approx_kl")) > 1e-6                         # and then the policy did move
 
 
-def test_pitfall_columns_from_zero_state(tmp_path, capsys):
-    assert_caught(tmp_path, capsys, ppo, ("tape_state = tuple(s[0] for s in tape[K + 1 :])",
-                                          "tape_state = tuple(torch.zeros_like(s[0]) for s in tape[K + 1 :])"))
+@pytest.mark.parametrize("other", ["agent.memory.initial_state(N)", "state"])
+def test_pitfall_columns_from_another_state(tmp_path, capsys, other):
+    assert_caught(tmp_path, capsys, ppo, ("        tape_obs, tape_starts = ",
+                                          f"        tape_state = {other}\n        tape_obs, tape_starts = "))
 
 
 def test_pitfall_acting_on_with_a_stale_state(tmp_path, capsys):
@@ -112,6 +114,39 @@ def test_max_prefix_bounds_the_tape(tmp_path):
     seen.clear()
     run(tmp_path / "b", module, full_episodes=False, env_kwargs=SLOW_EPISODES)
     assert {P for P, *_ in seen} == {0}
+
+
+@pytest.mark.parametrize("max_prefix", [None, 6, 20])
+@pytest.mark.parametrize("memory", ["lstm", "lru"])
+def test_a_tape_begins_with_the_memory_of_all_that_was_before(tmp_path, memory, max_prefix):
+    """With weights that stay: the state before the tape is that after every step since the first rollout's."""
+    changes = {"full_episodes": True, "max_prefix": max_prefix} if max_prefix else {}
+    module = planted(tmp_path, ppo, (PROBE[0], PROBE[1].replace("tape_obs[0]", "tape_obs[0], tape_state, agent")))
+    module.seen = seen = []
+    T, before, compared = 8, [], 0
+    run(tmp_path, module, memory=memory, env_kwargs=SLOW_EPISODES, learning_rate=(0.0,), num_minibatches=1, update_epochs=1,
+        num_steps=T, total_timesteps=4 * T * 8, **changes)
+    for i, (P, starts, obs, state, agent) in enumerate(seen):
+        if i * T > P:
+            all_obs, all_starts = (torch.cat(x)[: i * T - P] for x in zip(*before))
+            with torch.no_grad():
+                _, _, expected = agent((all_obs,), agent.memory.initial_state(4), all_starts)
+            goes_on = ~starts[: P + 1].any(0)               # the others forget before the loss begins
+            compared += goes_on.sum()
+            for s, e in zip(state, expected, strict=True):
+                torch.testing.assert_close(s[goes_on], e[goes_on], rtol=1e-5, atol=1e-6)
+        before.append((obs[P:], starts[P:]))
+    assert compared > 2
+
+
+def test_a_rollout_keeps_no_states(tmp_path):
+    """GPT's state are its last steps: T of them would be T times the window."""
+    module = planted(tmp_path, ppo, ("        lap(\"batch\")\n", "        lap(\"batch\")\n        seen.append(count(state))\n"))
+    module.seen = seen = []
+    module.count = lambda state: len({x.data_ptr() for x in gc.get_objects()
+                                      if type(x) is torch.Tensor and x.shape == state[1].shape})
+    run(tmp_path, module, memory="gpt")
+    assert len(seen) == 3 and max(seen) < 10                # keys and values, before the rollout and after it
 
 
 def test_full_episodes_carry_gradients_to_the_episodes_beginning(tmp_path):
