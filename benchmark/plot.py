@@ -270,6 +270,7 @@ def with_tables(readme, results):
                               ("popgym", "popgym-table.csv", grid_table),
                               ("dqn", "dqn-table.csv", grid_table), ("dqn-variants", "dqn-variants-table.csv", grid_table),
                               ("tmaze-length", "tmaze-length-table.csv", grid_table),
+                              ("tmaze-actor-critic", "tmaze-actor-critic-table.csv", grid_table),
                               ("off-policy-60", "off-policy-60-table.csv", grid_table),
                               ("popgym-aggregate", "popgym-aggregate.csv", aggregate_table),
                               ("dqn-aggregate", "dqn-aggregate.csv", aggregate_table),
