@@ -404,7 +404,7 @@ def train(args, checkpoint=None):
     discounted = torch.zeros(N, device=device)              # running discounted return, for --norm-reward
     episode_return, episode_length = np.zeros(N), np.zeros(N)
     K, prefix = len(next_obs), tuple(x.new_zeros(0, *x.shape) for x in (*next_obs, next_start))             # [P, N, ...] each
-    tape_state = state                                      # the memory before the tape's first step
+    tape_state = state                                      # the memory before the tape's first step, the only one kept
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["rng"])
@@ -603,7 +603,7 @@ def train(args, checkpoint=None):
         cut = len(tape_starts) - P                          # where the next tape begins in this one
         if P == 0:
             tape_state = state
-        elif P < oldest:                                    # with --max-prefix inside an episode; else all columns forget
+        elif P < oldest:                                    # --max-prefix cuts an episode: today's weights, no stale state
             with torch.no_grad():
                 _, _, tape_state = agent(tuple(o[:cut] for o in tape_obs), tape_state, tape_starts[:cut])
             tape_state = tuple(s.clone() for s in tape_state)
