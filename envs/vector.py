@@ -1,0 +1,126 @@
+"""Making environments, as every script needs them: a vector of N that counts its episodes."""
+import collections
+import functools
+import json
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode
+
+from envs.batch import BatchEnv
+from envs.wrappers import PreviousActionReward, ResetOptions
+from models.flags import fail, refused_in_one_sentence
+
+
+def make_envs(args, num_envs, training=True, render_mode=None):
+    """num_envs environments of the task that the flags name.
+
+    training: they reset in the step that ends an episode; otherwise they wait for reset().
+    """
+    what = (f"--env-id {args.env_id} with --env-kwargs {json.dumps(args.env_kwargs)} and --reset-options "
+            f"{json.dumps(args.reset_options)}")
+    with refused_in_one_sentence(what):
+        envs = make_vector(args, num_envs, training, render_mode)
+        if args.prev_action or args.prev_reward:
+            envs = PreviousActionReward(envs, args.prev_action, args.prev_reward)
+        envs = Episodes(envs, [args.env_id, args.env_kwargs, num_envs])
+        envs.reset(seed=args.seed)
+        envs.step(envs.action_space.sample())               # wrong flags show before a run exists
+    return envs
+
+
+def make_vector(args, num_envs, training, render_mode):
+    # PITFALL: Gymnasium >= 1.0 resets on the *next* step by default, which puts a phantom transition (action
+    #   ignored, reward 0) between episodes. Symptom: episodes one step too long.
+    #   Test: test_envs.py::test_no_phantom_transition.
+    # KNOWN BUG (recurrent-ppo worker.py): all workers inherit one random generator. Symptom: 16 workers begin
+    #   with the same episode. Here: reset(seed) seeds every environment apart.
+    #   Test: test_envs.py::test_environments_differ.
+    autoreset = AutoresetMode.SAME_STEP if training else AutoresetMode.DISABLED
+    kwargs, options = args.env_kwargs, args.reset_options
+    spec = gym.make(args.env_id, **kwargs).spec
+    if spec.vector_entry_point and not options and not render_mode:
+        envs = gym.make_vec(args.env_id, num_envs, **kwargs)    # made for the batch: many times faster
+        if isinstance(envs, BatchEnv):
+            envs.metadata["autoreset_mode"] = autoreset
+        if envs.metadata["autoreset_mode"] == autoreset:    # other people's support one mode only
+            return envs
+    if render_mode:
+        kwargs = {**kwargs, "render_mode": render_mode}
+    wrappers = [functools.partial(ResetOptions, options=options)] if options else []
+    mode = {"autoreset_mode": autoreset}
+    return gym.make_vec(args.env_id, num_envs, "sync", mode, wrappers, **kwargs)
+
+
+def make_rendered(args, render_mode):
+    """One environment that waits for reset() and draws itself.   render_mode "auto": text, if there is any"""
+    modes = make_envs(args, 1, training=False).metadata.get("render_modes", [])
+    if render_mode == "auto":
+        render_mode = "ansi" if "ansi" in modes else "none"
+    by_us = render_mode == "none" or (render_mode == "human" and "rgb_array" in modes)
+    if render_mode not in modes and not by_us:
+        for_films = "" if args.model else ", for --capture-video,"
+        fail(f"--render-mode {render_mode}{for_films} is not one of {args.env_id}'s: "
+             f"{', '.join(modes) or 'none'}")
+    if render_mode == "none":
+        render_mode = None
+    return make_envs(args, 1, training=False, render_mode=render_mode)
+
+
+class Episodes(gym.vector.VectorWrapper):
+    """Counts return, length and success of every episode; `recent` holds those of the last 100 that ended.
+
+    In a step that ends an episode infos["success"] is [N]: what the task says of it, nan for the others.
+    task: which task this is; only the same one takes a saved state back
+    """
+
+    def __init__(self, envs, task):
+        super().__init__(envs)
+        self.task, self.recent = task, collections.deque(maxlen=100)
+        self.returns, self.lengths = np.zeros(envs.num_envs), np.zeros(envs.num_envs)
+
+    def reset(self, *, seed=None, options=None):
+        begin = (options or {}).get("reset_mask", np.ones(self.num_envs, bool))
+        self.returns[begin], self.lengths[begin] = 0, 0
+        return self.env.reset(seed=seed, options=options)
+
+    def step(self, actions):
+        obs, rewards, terminated, truncated, infos = self.env.step(actions)
+        self.returns += rewards
+        self.lengths += 1
+        done = terminated | truncated
+        if done.any():
+            infos["success"] = success_of(infos, self.num_envs)
+            results = np.stack([self.returns, self.lengths, infos["success"]], axis=1)      # [N, 3]
+            self.recent.extend(results[done].tolist())
+            self.returns[done], self.lengths[done] = 0, 0
+        return obs, rewards, terminated, truncated, infos
+
+    def mean(self):
+        """Return, length, success of the last 100 episodes; nan before the first one has ended."""
+        return np.mean(self.recent, axis=0).tolist() if self.recent else [np.nan] * 3
+
+    def state_dict(self):
+        """Empty in `batch` for other people's tasks: they cannot be saved."""
+        batch = self.unwrapped.state_dict() if isinstance(self.unwrapped, BatchEnv) else {}
+        return {
+            "task": json.dumps(self.task), "recent": list(self.recent),
+            "returns": torch.as_tensor(self.returns), "lengths": torch.as_tensor(self.lengths),
+            "batch": {name: x if isinstance(x, str) else torch.as_tensor(x) for name, x in batch.items()}}
+
+    def load_state_dict(self, saved):
+        """Returns whether the running episodes continue; otherwise the caller begins new ones."""
+        self.recent.extend(saved["recent"])
+        if not saved["batch"] or saved["task"] != json.dumps(self.task):
+            return False
+        self.unwrapped.load_state_dict(saved["batch"])
+        self.returns[:], self.lengths[:] = saved["returns"].numpy(), saved["lengths"].numpy()
+        return True
+
+
+def success_of(infos, num_envs):
+    """[N] whether the episode that has just ended was a success; nan where the task does not say."""
+    infos = infos.get("final_info", infos)
+    known = infos.get("_success", np.zeros(num_envs, bool))
+    return np.where(known, infos.get("success", np.nan), np.nan).astype(float)

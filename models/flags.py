@@ -1,0 +1,151 @@
+"""What a flag may be, said where it is declared:   num_envs: Count = 64
+
+Anything else is refused in one sentence.
+`parse` reads the command line and the model or checkpoint that --model or --resume names.
+"""
+import contextlib
+import dataclasses
+import json
+import sys
+import typing
+from pathlib import Path
+from typing import Annotated
+
+import safetensors
+import torch
+import tyro
+from tyro.constructors import PrimitiveConstructorSpec
+
+LAYOUT = "2"  # of model and checkpoint files; raised when what they hold changes
+
+
+def number(kind, low, high):
+    """An int or a float from low to high."""
+    def complaint(value):
+        return None if low <= value <= high else f"must be at least {low} and at most {high}"
+
+    return Annotated[kind, complaint]
+
+
+Count, Whole = number(int, 1, 2**40), number(int, 0, 2**40)
+Positive, Fraction = number(float, 0, 1e9), number(float, 0, 1)
+Finite = number(float, -1e9, 1e9)
+
+
+def schedule_complaint(schedule):
+    """(initial, final, power, decay steps) as `polynomial` in the scripts; the last three may be left out."""
+    rates, shape = schedule[:2], schedule[2:]
+    in_range = all(0 <= v < 1e9 for v in rates) and all(0 < v < 1e12 for v in shape)
+    if 1 <= len(schedule) <= 4 and in_range:
+        return None
+    return ("must be one to four numbers, initial, final, power and decay steps: the first two not negative, "
+            "the others positive")
+
+
+Schedule = Annotated[tuple[float, ...], schedule_complaint]
+
+
+def json_or_text(words):
+    try:
+        return json.loads(words[0])
+    except json.JSONDecodeError:
+        return words[0]                                     # json_complaint will refuse it
+
+
+def json_complaint(value):
+    return None if isinstance(value, dict) else """is not a JSON object; write '{"name": value}'"""
+
+
+Json = Annotated[dict, json_complaint, PrimitiveConstructorSpec(
+    nargs=1, metavar="JSON", instance_from_str=json_or_text,
+    is_instance=lambda x: isinstance(x, dict), str_from_instance=lambda x: [json.dumps(x)])]
+
+
+def fail(message):
+    """Bad input: one sentence, exit code 2."""
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+@contextlib.contextmanager
+def refused_in_one_sentence(what):
+    """Turns whatever somebody's task or memory raises into one sentence that names the flags."""
+    try:
+        yield
+    except Exception as e:
+        fail(f"{what} does not work: {' '.join(str(e).split()) or type(e).__name__}")
+
+
+def pick_device(name):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    with refused_in_one_sentence(f"--device {name}"):
+        return torch.zeros(1, device=name).cpu().new_empty(0, device=name).device  # "meta" gives nothing back
+
+
+def parse(Args, script, argv=None):
+    """Returns Args, and the saved model or checkpoint that they start from, {} if there is none.
+
+    Flags given now override the saved ones. Saved flags that this version does not know are left out.
+    """
+    args = tyro.cli(Args, args=argv)
+    saved = {}
+    if args.model is not None:
+        saved = load("--model", args.model, read_model, script)
+    elif args.resume is not None:
+        saved = load("--resume", args.resume, read_checkpoint, script)
+    if saved:
+        args = tyro.cli(Args, args=argv, default=args_of(Args, saved))
+    refuse_what_is_out_of_range(args)
+    return args, saved
+
+
+def refuse_what_is_out_of_range(args):
+    for name, hint in typing.get_type_hints(type(args), include_extras=True).items():
+        value = getattr(args, name)
+        kinds = [hint, *typing.get_args(hint)]              # `Count | None` holds Count
+        rules = [rule for kind in kinds for rule in getattr(kind, "__metadata__", ())]
+        for complaint in filter(callable, rules):
+            if value is not None and complaint(value):
+                shown = value if isinstance(value, str) else json.dumps(value)
+                fail(f"--{name.replace('_', '-')} {shown} {complaint(value)}")
+
+
+def args_of(Args, saved):
+    """The flags that a model or checkpoint was made with."""
+    known = {field.name: field.type for field in dataclasses.fields(Args)}
+    flags = {name: value for name, value in json.loads(saved["args"]).items() if name in known}
+    for name, value in flags.items():
+        if isinstance(value, list):
+            flags[name] = tuple(value)
+        if known[name] is Json and isinstance(value, str):  # as files of layout 1 have it
+            flags[name] = json.loads(value)
+    return Args(**flags)
+
+
+def load(flag, path, read, script):
+    """What `read` finds at `path`, if it was made by this script."""
+    try:
+        saved = read(path)
+        made_by = saved["script"]
+        dict(json.loads(saved["args"]))
+    except FileNotFoundError:
+        fail(f"{flag} {path} does not exist; training ends by printing what to play and what to resume")
+    except Exception as e:                                  # damaged files raise all kinds
+        fail(f"{flag} {path} cannot be read ({type(e).__name__}): it is damaged or another program's")
+    if made_by != script:
+        fail(f"{flag} {path} was trained by {made_by}: use python {made_by}.py")
+    if flag == "--resume" and saved.get("layout") != LAYOUT:
+        fail(f"{flag} {path} was made by an older version of {script}.py and cannot be continued by this "
+             "one: train again, or continue it with that version")
+    return saved
+
+
+def read_model(path):
+    """Weights and flags of a model file. safetensors holds numbers and text: it cannot run code."""
+    with safetensors.safe_open(path, "pt") as f:
+        return {**f.metadata(), "agent": {name: f.get_tensor(name) for name in f.keys()}}
+
+
+def read_checkpoint(run):
+    return torch.load(Path(run) / "checkpoint.pt", map_location="cpu", weights_only=True)

@@ -1,0 +1,185 @@
+"""The folder of a run: what is written there, and nothing about how an algorithm learns.
+
+    args.json           the flags
+    progress.csv        one row a log step, the same numbers as TensorBoard's events
+    model.safetensors   the agent's weights, with the flags in its metadata: what --model plays
+    checkpoint.pt       all that --resume needs: what the script saves, random generators, our own tasks
+    videos/             with --capture-video one episode with every checkpoint
+"""
+import csv
+import dataclasses
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+import gymnasium as gym
+import safetensors.torch
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from models.flags import LAYOUT, fail, pick_device, refused_in_one_sentence
+
+LAPS = "policy", "env", "batch", "update", "log"  # what the time of a run is spent on
+SHOWN = {"SPS": "charts/SPS", "return": "charts/episodic_return", "success": "charts/success"}
+
+
+class Run:
+    """Logs, saves and is interrupted.   saved: the checkpoint that the run continues, {} for a new run"""
+
+    def __init__(self, args, script, saved):
+        default = f"{args.env_id}__{script}__{args.seed}__{int(1000 * time.time())}"
+        name = args.run_name or re.sub("[/:]", "-", default)
+        self.script, self.folder = script, Path(args.resume or Path(args.runs_dir) / name)
+        self.args = json.dumps({**dataclasses.asdict(args), "resume": None}, indent=2)
+        self.last_step, self.seconds = saved.get("global_step", 0), saved.get("seconds", 0.0)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
+        except OSError as e:
+            fail(f"--run-name {name} cannot be made in --runs-dir {args.runs_dir} ({e.strerror}); "
+                 f"choose another or --resume {self.folder}")
+        if args.track:
+            self.track(args)
+        write(self.folder / "args.json", lambda path: path.write_text(self.args))
+        self.progress = self.folder / "progress.csv"
+        if self.progress.exists():                  # rows after the checkpoint will be made again
+            header, *rows = self.progress.read_text().splitlines(keepends=True)
+            kept = [row for row in rows if int(row.split(",")[0]) <= self.last_step]
+            write(self.progress, lambda path: path.write_text("".join([header, *kept])))
+        self.writer = SummaryWriter(self.folder, purge_step=self.last_step + 1)
+        self.writer.add_text("args", f"```\n{self.args}\n```")
+        self.bar = tqdm(
+            total=args.total_timesteps, initial=self.last_step, unit="step", dynamic_ncols=True)
+        self.clock, self.spent = time.perf_counter(), dict.fromkeys(LAPS, 0.0)
+        self.interrupted = False
+        self.handler_before = signal.signal(signal.SIGINT, self.on_ctrl_c)
+
+    def track(self, args):
+        """Weights & Biases copies what TensorBoard gets; a resumed run continues as the same one."""
+        try:
+            import wandb
+
+            wandb.init(
+                project=args.wandb_project_name, entity=args.wandb_entity, id=self.folder.name,
+                dir=self.folder.parent, resume="allow" if args.resume else "never", save_code=True,
+                config=dataclasses.asdict(args), sync_tensorboard=True)
+        except Exception as e:                          # not installed, not logged in, no network
+            if not args.resume:
+                self.folder.rmdir()
+            fail(f"--track: {' '.join(str(e).split())}; pip install wandb, wandb login or "
+                 "WANDB_MODE=offline may help")
+
+    def on_ctrl_c(self, *_):
+        self.interrupted = True
+        signal.signal(signal.SIGINT, self.handler_before)
+        tqdm.write("Ctrl-C: finishing this update, then saving; a second one leaves at once")
+
+    def lap(self, name):
+        """The time since the last lap was spent on this."""
+        now = time.perf_counter()
+        self.spent[name] += now - self.clock
+        self.clock = now
+
+    def passed(self, every, global_step, steps):
+        """Whether the last `steps` steps passed a multiple of `every`.   every: 0 is never"""
+        return every and global_step // every > (global_step - steps) // every
+
+    def log(self, global_step, row):
+        """Writes one row, nan for what was not measured, with the speed and what the time was spent on."""
+        took = sum(self.spent.values())
+        self.seconds += took
+        row = {**row, "charts/SPS": (global_step - self.last_step) / took}
+        row |= {f"time/{name}": value for name, value in self.spent.items()}
+        with self.progress.open("a", newline="") as f:
+            table = csv.writer(f, lineterminator="\n")
+            if f.tell() == 0:
+                table.writerow(["global_step", "seconds", *row])
+            cells = ["" if value != value else f"{value:.6g}" for value in row.values()]
+            table.writerow([global_step, f"{self.seconds:.3f}", *cells])
+        measured = {tag: value for tag, value in row.items() if value == value}
+        for tag, value in measured.items():
+            self.writer.add_scalar(tag, value, global_step)
+        shown = {name: f"{measured[tag]:.2f}" for name, tag in SHOWN.items() if tag in measured}
+        self.bar.set_postfix(shown)
+        self.bar.update(global_step - self.last_step)
+        self.last_step, self.spent = global_step, dict.fromkeys(LAPS, 0.0)
+
+    def save(self, agent, envs, global_step, **everything):
+        """A model to play and a checkpoint to resume.   everything: what the script needs to continue"""
+        metadata = {
+            "script": self.script, "layout": LAYOUT, "args": self.args, "global_step": str(global_step),
+            "torch": torch.__version__, "gymnasium": gym.__version__,
+            "observation_space": str(envs.single_observation_space),
+            "action_space": str(envs.single_action_space)}
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        checkpoint = {
+            **metadata, "global_step": global_step, "seconds": self.seconds,
+            "agent": agent.state_dict(), "envs": envs.state_dict(),
+            "rng": (torch.get_rng_state(), cuda), **everything}
+        weights, save_file = agent.state_dict(), safetensors.torch.save_file
+        write(self.folder / "model.safetensors", lambda path: save_file(weights, path, metadata))
+        write(self.folder / "checkpoint.pt", lambda path: torch.save(checkpoint, path))
+        self.saved_step = global_step
+
+    def stop_if_not_finite(self, loss, global_step):
+        """A loss of nan or inf ends the run; the last checkpoint is from before."""
+        if not math.isfinite(loss):
+            self.bar.close()
+            sys.exit(f"the loss is not finite at step {global_step}; the last checkpoint is "
+                     f"{self.folder}/checkpoint.pt: try --resume {self.folder} with a smaller learning rate "
+                     "or --max-grad-norm")
+
+    def finish(self):
+        signal.signal(signal.SIGINT, self.handler_before)
+        self.bar.close()
+        self.writer.close()
+        how = "interrupted" if self.interrupted else "done"
+        print(f"{how} at step {self.saved_step}; everything is in {self.folder}")
+        if self.interrupted:
+            print(f"continue:  python {self.script}.py --resume {self.folder}")
+        print(f"watch it:  python {self.script}.py --model {self.folder / 'model.safetensors'}")
+        return self.folder
+
+
+def write(path, save):
+    """Writes beside, then renames: whenever the process dies, `path` is the old or the new file, whole."""
+    beside = path.with_name(path.name + ".tmp")
+    save(beside)
+    os.replace(beside, path)
+
+
+def restore_random_generators(saved):
+    cpu, cuda = saved["rng"]
+    torch.set_rng_state(cpu)
+    if cuda and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(cuda[:torch.cuda.device_count()])
+
+
+def make_agent(Agent, args, envs, saved):
+    """The agent for this task on its device, with the saved weights if there are any."""
+    device = pick_device(args.device)
+    memory_kwargs = json.dumps(args.memory_kwargs)
+    what = f"--env-id {args.env_id} with --memory {args.memory} and --memory-kwargs {memory_kwargs}"
+    with refused_in_one_sentence(what):
+        agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
+    if saved:
+        load_weights(agent, saved["agent"])
+    return agent, device
+
+
+def load_weights(agent, weights):
+    own = agent.state_dict()
+    if own.keys() != weights.keys():
+        names = ", ".join(sorted(own.keys() ^ weights.keys())[:3])
+        fail(f"the saved network has other parts than the flags ask for ({names}): leave those flags out, "
+             "or the file was made by an older version")
+    for name, weight in weights.items():
+        if weight.shape != own[name].shape:
+            fail(f"the saved network has other sizes than the flags and the task ask for ({name} is "
+                 f"{list(weight.shape)} in the file, {list(own[name].shape)} here): leave those flags out")
+    agent.load_state_dict(weights)
