@@ -23,7 +23,6 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn as nn
-from tqdm import tqdm
 
 from envs.vector import make_envs, make_rendered  # importing envs registers its tasks
 from models import MEMORIES, Encoder, PolicyHead, RunningMeanStd, init, linear_scan, to_tensors
@@ -143,7 +142,7 @@ def gae(rewards, values, starts, final_values, next_value, next_start, gamma, la
     """
     advantages, advantage = torch.zeros_like(rewards), torch.zeros_like(next_value)
     for t in reversed(range(len(rewards))):
-        goes_on = ~next_start                           # [N] whether the episode does, after step t
+        goes_on = ~next_start                               # [N] does the episode, after step t?
         # KNOWN BUG (CleanRL ppo_atari_lstm.py, recurrent-ppo's wrappers): a time limit treated as death.
         #   Symptom: values too low near the limit. Here: final_values.
         #   Test: test_ppo.py::test_gae_equals_its_definition.
@@ -171,8 +170,8 @@ def cut_segments(starts, L):
     t = torch.arange(T, device=device)[:, None]             # [T, 1]
     episode_start = torch.where(starts, t, 0).cummax(dim=0).values                  # [T, N]
     is_cut = (t - episode_start) % L == 0                   # [T, N]
-    col, first = is_cut.T.nonzero().unbind(1)   # [S] each: the column, and the step it begins with
-    place = col * T + first                             # [S] if the columns were laid end to end
+    col, first = is_cut.T.nonzero().unbind(1)               # [S] each: column and first step
+    place = col * T + first                                 # [S] with the columns end to end
     length = place.diff(append=place.new_tensor([T * N]))  # [S] up to the next cut
     # KNOWN BUG (recurrent-ppo buffer.py:161): pads to the longest *episode*, not segment. Symptom: same loss,
     #   25 times the work (L = 8, 200-step episodes). Here: rows <= L.
@@ -199,6 +198,15 @@ def refresh(seg_state, agent, obs, states, starts, first, col, burn_in):
     _, _, fresh = agent(tuple(o[when, col] for o in obs), before, starts[when, col])
     for s, f in zip(seg_state, fresh):
         s[continues] = f
+
+
+@torch.no_grad()
+def values_of(agent, last_obs, state):
+    """[c] values of last observations of c episodes.   last_obs: c tuples of leaves, state: of [c, ...]"""
+    obs = tuple(torch.stack(leaf) for leaf in zip(*last_obs))                       # leaves of [c, ...]
+    goes_on = torch.zeros(1, len(last_obs), dtype=torch.bool, device=obs[0].device)
+    _, value, _ = agent(add_time(obs), state, goes_on)
+    return value[0]
 
 
 def check(args):
@@ -235,7 +243,7 @@ def train(args, saved):
     next_obs = tensors(envs.reset(seed=args.seed)[0])       # leaves of [N, ...]
     next_start = torch.ones(N, dtype=torch.bool, device=device)
     state = agent.memory.initial_state(N)                   # tuple of [N, ...]
-    discounted = torch.zeros(N, device=device)      # running discounted return, for --norm-reward
+    discounted = torch.zeros(N, device=device)              # discounted return so far (--norm-reward)
 
     obs = tuple(o.new_zeros(T, *o.shape) for o in next_obs)                 # leaves of [T, N, ...]
     action_shape, action_dtype = agent.policy.action_shape, agent.policy.action_dtype
@@ -250,7 +258,7 @@ def train(args, saved):
         if envs.load_state_dict(saved["envs"]):             # our own tasks continue to the bit
             carried = [tuple(x.to(device) for x in xs) for xs in saved["carried"]]
             next_obs, state, (next_start, discounted) = carried
-        else:                                       # others begin new episodes, not the first again
+        else:                                               # others begin new episodes
             next_obs = tensors(envs.reset(seed=args.seed + global_step)[0])
     run = Run(args, SCRIPT, saved)
 
@@ -260,7 +268,7 @@ def train(args, saved):
         if args.capture_video:
             film(agent, film_envs, run.folder / "videos" / f"{global_step}.gif", args.seed + 10_000)
 
-    save()                                              # from now on there is something to resume
+    save()                                                  # from now on --resume works
     while global_step + T * N <= args.total_timesteps and not run.interrupted:
         learning_rate = polynomial(args.learning_rate, global_step, args.total_timesteps)
         ent_coef = polynomial(args.ent_coef, global_step, args.total_timesteps)
@@ -268,7 +276,7 @@ def train(args, saved):
         optimizer.param_groups[0]["lr"] = learning_rate
 
         # -------------------------------------------------------------- rollout: T steps in N environments
-        states = []                             # T tuples of [N, ...]: the memory *before* step t
+        states = []                                         # the memory *before* step t, T times
         final_values.zero_()
         for t in range(T):
             for o, next_o in zip(obs, next_obs):
@@ -289,14 +297,10 @@ def train(args, saved):
 
             next_obs, rewards[t] = tensors(next_obs), torch.as_tensor(reward)
             next_start = torch.as_tensor(terminated | truncated, device=device)
-            cut = np.flatnonzero(truncated & ~terminated)    # by a time limit, not by death
+            cut = np.flatnonzero(truncated & ~terminated)   # by a time limit, not by death
             if len(cut):
-                last_obs = zip(*map(tensors, infos["final_obs"][cut]))
-                last_obs = tuple(torch.stack(o)[None] for o in last_obs)  # leaves of [1, cut, ...]
-                last_start = torch.zeros(1, len(cut), dtype=torch.bool, device=device)
-                with torch.no_grad():
-                    _, value, _ = agent(last_obs, tuple(s[cut] for s in state), last_start)
-                final_values[t, cut] = value[0]
+                last_obs = [tensors(o) for o in infos["final_obs"][cut]]
+                final_values[t, cut] = values_of(agent, last_obs, tuple(s[cut] for s in state))
         global_step += T * N
 
         # -------------------------------------------------------------- targets
@@ -339,7 +343,7 @@ def train(args, saved):
                 # Padding is behind us: from here on this is the loss of a memoryless PPO on M steps.
                 logratio = dist.log_prob(actions[real]) - logprobs[real]
                 ratio = logratio.exp()
-                if first_logratio is None:          # before the first gradient step: it must be 0
+                if first_logratio is None:                  # no gradient step yet: must be 0
                     first_logratio = logratio.abs().max().item()
 
                 mb_advantages = advantages[real]
@@ -367,16 +371,14 @@ def train(args, saved):
                     stats.append(torch.stack([pg_loss, v_loss, entropy, approx_kl, clipfrac, grad_norm]))
             if args.target_kl is not None and approx_kl > args.target_kl:
                 break
-        if args.norm_obs:                               # not earlier: training sees what acting saw
+        if args.norm_obs:                                   # after training: it saw what acting saw
             agent.encoder.update_stats(tuple(o.flatten(0, 1) for o in obs))
         run.lap("update")
 
         # -------------------------------------------------------------- log, checkpoint
         pg_loss, v_loss, entropy, approx_kl, clipfrac, grad_norm = torch.stack(stats).mean(0).tolist()
         run.stop_if_not_finite(pg_loss + v_loss + grad_norm, global_step)
-        if first_logratio > 1e-3:
-            tqdm.write(f"warning: log-probabilities differ by {first_logratio:.1e} before the first gradient "
-                       "step: the policy in training is not the one that acted")
+        run.watch_first_logratio(first_logratio)
         episodic_return, episodic_length, success = envs.mean()
         eval_returns = eval_successes = np.array([np.nan])  # not measured
         if run.passed(args.eval_every, global_step, T * N):

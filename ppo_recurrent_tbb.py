@@ -24,7 +24,6 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn as nn
-from tqdm import tqdm
 
 from envs.vector import make_envs, make_rendered  # importing envs registers its tasks
 from models import MEMORIES, Encoder, PolicyHead, RunningMeanStd, init, linear_scan, to_tensors
@@ -133,7 +132,7 @@ def gae(rewards, values, starts, final_values, next_value, next_start, gamma, la
     """
     advantages, advantage = torch.zeros_like(rewards), torch.zeros_like(next_value)
     for t in reversed(range(len(rewards))):
-        goes_on = ~next_start                           # [N] whether the episode does, after step t
+        goes_on = ~next_start                               # [N] does the episode, after step t?
         # KNOWN BUG (CleanRL ppo_atari_lstm.py, recurrent-ppo's wrappers): a time limit treated as death.
         #   Symptom: values too low near the limit. Here: final_values.
         #   Test: test_ppo.py::test_gae_equals_its_definition.
@@ -155,6 +154,15 @@ def age_of(starts, next_start):
     row = torch.arange(len(starts), device=starts.device)[:, None]
     last_start = torch.where(starts, row, 0).amax(0)  # [N] 0 if it began before the tape
     return torch.where(next_start, 0, len(starts) - last_start)
+
+
+@torch.no_grad()
+def values_of(agent, last_obs, state):
+    """[c] values of last observations of c episodes.   last_obs: c tuples of leaves, state: of [c, ...]"""
+    obs = tuple(torch.stack(leaf) for leaf in zip(*last_obs))                       # leaves of [c, ...]
+    goes_on = torch.zeros(1, len(last_obs), dtype=torch.bool, device=obs[0].device)
+    _, value, _ = agent(add_time(obs), state, goes_on)
+    return value[0]
 
 
 def check(args):
@@ -185,8 +193,8 @@ def train(args, saved):
     next_obs = tensors(envs.reset(seed=args.seed)[0])       # leaves of [N, ...]
     next_start = torch.ones(N, dtype=torch.bool, device=device)
     state = agent.memory.initial_state(N)                   # tuple of [N, ...]
-    discounted = torch.zeros(N, device=device)      # running discounted return, for --norm-reward
-    tape_state = state                                  # the memory before the tape's first step
+    discounted = torch.zeros(N, device=device)              # discounted return so far (--norm-reward)
+    tape_state = state                                      # the memory before the tape
     prefix_obs = tuple(o.new_zeros(0, *o.shape) for o in next_obs)          # leaves of [P, N, ...]
     prefix_starts = next_start.new_zeros(0, N)              # [P, N]
 
@@ -203,7 +211,7 @@ def train(args, saved):
         if envs.load_state_dict(saved["envs"]):             # our own tasks continue to the bit
             carried = [tuple(x.to(device) for x in xs) for xs in saved["carried"]]
             next_obs, state, tape_state, prefix_obs, (prefix_starts, next_start, discounted) = carried
-        else:                                       # others begin new episodes, not the first again
+        else:                                               # others begin new episodes
             next_obs = tensors(envs.reset(seed=args.seed + global_step)[0])
     run = Run(args, SCRIPT, saved)
 
@@ -213,7 +221,7 @@ def train(args, saved):
         if args.capture_video:
             film(agent, film_envs, run.folder / "videos" / f"{global_step}.gif", args.seed + 10_000)
 
-    save()                                              # from now on there is something to resume
+    save()                                                  # from now on --resume works
     while global_step + T * N <= args.total_timesteps and not run.interrupted:
         learning_rate = polynomial(args.learning_rate, global_step, args.total_timesteps)
         ent_coef = polynomial(args.ent_coef, global_step, args.total_timesteps)
@@ -222,8 +230,8 @@ def train(args, saved):
 
         # -------------------------------------------------------------- rollout: T steps in N environments
         P = len(prefix_starts)
-        if P:                                           # recompute the state of unfinished episodes
-            with torch.no_grad():                           # with the current weights
+        if P:                                               # the state of unfinished episodes,
+            with torch.no_grad():                           # recomputed with the current weights
                 _, _, state = agent(prefix_obs, tape_state, prefix_starts)
             state = tuple(s.clone() for s in state)         # not a view of the whole prefix
         final_values.zero_()
@@ -241,14 +249,10 @@ def train(args, saved):
 
             next_obs, rewards[t] = tensors(next_obs), torch.as_tensor(reward)
             next_start = torch.as_tensor(terminated | truncated, device=device)
-            cut = np.flatnonzero(truncated & ~terminated)    # by a time limit, not by death
+            cut = np.flatnonzero(truncated & ~terminated)   # by a time limit, not by death
             if len(cut):
-                last_obs = zip(*map(tensors, infos["final_obs"][cut]))
-                last_obs = tuple(torch.stack(o)[None] for o in last_obs)  # leaves of [1, cut, ...]
-                last_start = torch.zeros(1, len(cut), dtype=torch.bool, device=device)
-                with torch.no_grad():
-                    _, value, _ = agent(last_obs, tuple(s[cut] for s in state), last_start)
-                final_values[t, cut] = value[0]
+                last_obs = [tensors(o) for o in infos["final_obs"][cut]]
+                final_values[t, cut] = values_of(agent, last_obs, tuple(s[cut] for s in state))
         global_step += T * N
 
         # -------------------------------------------------------------- targets
@@ -284,7 +288,7 @@ def train(args, saved):
                 # The memory did the rest: from here on this is the loss of a memoryless PPO on T b steps.
                 logratio = dist.log_prob(actions[:, mb]) - logprobs[:, mb]
                 ratio = logratio.exp()
-                if first_logratio is None:          # before the first gradient step: it must be 0
+                if first_logratio is None:                  # no gradient step yet: must be 0
                     first_logratio = logratio.abs().max().item()
 
                 mb_advantages = advantages[:, mb]
@@ -312,18 +316,18 @@ def train(args, saved):
                     stats.append(torch.stack([pg_loss, v_loss, entropy, approx_kl, clipfrac, grad_norm]))
             if args.target_kl is not None and approx_kl > args.target_kl:
                 break
-        if args.norm_obs:                               # not earlier: training sees what acting saw
+        if args.norm_obs:                                   # after training: it saw what acting saw
             agent.encoder.update_stats(tuple(o.flatten(0, 1) for o in obs))
 
         # -------------------------------------------------------------- next tape: it begins in this one
         P = 0
-        if args.full_episodes:                          # with the first step of the oldest episode
+        if args.full_episodes:                              # with the oldest episode's first step
             oldest = int(age_of(tape_starts & args.reset_state, next_start & args.reset_state).max())
             P = min(args.max_prefix, oldest)
         begin = len(tape_starts) - P
         if P == 0:
             tape_state = state
-        elif P < oldest:                        # --max-prefix cuts an episode: today's state there
+        elif P < oldest:                                    # --max-prefix cuts an episode
             with torch.no_grad():
                 _, _, tape_state = agent(tuple(o[:begin] for o in tape_obs), tape_state, tape_starts[:begin])
             tape_state = tuple(s.clone() for s in tape_state)
@@ -334,9 +338,7 @@ def train(args, saved):
         # -------------------------------------------------------------- log, checkpoint
         pg_loss, v_loss, entropy, approx_kl, clipfrac, grad_norm = torch.stack(stats).mean(0).tolist()
         run.stop_if_not_finite(pg_loss + v_loss + grad_norm, global_step)
-        if first_logratio > 1e-3:
-            tqdm.write(f"warning: log-probabilities differ by {first_logratio:.1e} before the first gradient "
-                       "step: the policy in training is not the one that acted")
+        run.watch_first_logratio(first_logratio)
         episodic_return, episodic_length, success = envs.mean()
         eval_returns = eval_successes = np.array([np.nan])  # not measured
         if run.passed(args.eval_every, global_step, T * N):

@@ -134,6 +134,12 @@ class Run:
                      f"{self.folder}/checkpoint.pt: try --resume {self.folder} with a smaller learning rate "
                      "or --max-grad-norm")
 
+    def watch_first_logratio(self, first_logratio):
+        """PPO: before its first gradient step the policy in training must be the one that acted."""
+        if first_logratio > 1e-3:
+            tqdm.write(f"warning: log-probabilities differ by {first_logratio:.1e} before the update's first "
+                       "gradient step: the policy in training is not the one that acted")
+
     def finish(self):
         signal.signal(signal.SIGINT, self.handler_before)
         self.bar.close()
