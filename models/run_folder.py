@@ -174,18 +174,19 @@ def make_agent(Agent, args, envs, saved):
     with refused_in_one_sentence(what):
         agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
     if saved:
-        load_weights(agent, saved["agent"])
+        load_weights(agent, saved)
     return agent, device
 
 
-def load_weights(agent, weights):
-    own = agent.state_dict()
+def load_weights(agent, saved):
+    own, weights = agent.state_dict(), saved["agent"]
     if own.keys() != weights.keys():
         names = ", ".join(sorted(own.keys() ^ weights.keys())[:3])
-        fail(f"the saved network has other parts than the flags ask for ({names}): leave those flags out, "
-             "or the file was made by an older version")
+        why = "leave those flags out" if saved.get("layout") == LAYOUT else "it was made by an older version"
+        fail(f"the saved network has other parts than the flags ask for ({names}): {why}")
     for name, weight in weights.items():
         if weight.shape != own[name].shape:
-            fail(f"the saved network has other sizes than the flags and the task ask for ({name} is "
-                 f"{list(weight.shape)} in the file, {list(own[name].shape)} here): leave those flags out")
+            sizes = f"{name} is {list(weight.shape)} in the file, {list(own[name].shape)} here"
+            fail(f"the saved network has other sizes than the flags and the task ask for ({sizes}): "
+                 "leave those flags out")
     agent.load_state_dict(weights)
