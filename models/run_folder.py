@@ -113,7 +113,7 @@ class Run:
         """A model to play and a checkpoint to resume.   everything: what the script needs to continue"""
         metadata = {
             "script": self.script, "layout": LAYOUT, "args": self.args, "global_step": str(global_step),
-            "torch": torch.__version__, "gymnasium": gym.__version__,
+            "torch": str(torch.__version__), "gymnasium": gym.__version__,
             "observation_space": str(envs.single_observation_space),
             "action_space": str(envs.single_action_space)}
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []

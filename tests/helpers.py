@@ -1,19 +1,24 @@
 """What the tests of the scripts share: a small run and its results."""
 import csv
 import time
+from types import SimpleNamespace
+
+import torch
+from torch.utils import _pytree as pytree
 
 from models.flags import load, read_checkpoint, read_model, refuse_what_is_out_of_range
 
 SMALL = dict(
-    env_id="PocMemory-v0", env_kwargs={"max_steps": 11}, num_envs=4, total_timesteps=4 * 32 * 3, memory="gru",
-    hidden_size=8, mlp_size=8, learning_rate=(1e-2,), device="cpu")
+    env_id="PocMemory-v0", env_kwargs={"max_steps": 11}, num_envs=4, total_timesteps=4 * 32 * 3,
+    memory="gru", hidden_size=8, mlp_size=8, learning_rate=(1e-2,), device="cpu")
 SMALL_PPO = dict(num_steps=32, num_minibatches=3, update_epochs=2, ent_coef=(1e-3,), vf_coef=0.1)
 SMALL_DQN = dict(
-    train_every=32, learning_starts=64, replay_ratio=0.1, log_every=128, buffer_size=400, start_e=0.3, end_e=0.3)
+    train_every=32, learning_starts=64, replay_ratio=0.1, log_every=128, buffer_size=400, start_e=0.3,
+    end_e=0.3)
 LENGTHS = dict(seq_len=5, batch_size=64, tape_len=64)
 SMALL_CONTINUOUS = dict(
-    env_id="CountInput-v0", env_kwargs={"episode_length": 11}, batch_size=8, policy_lr=(1e-2,), q_lr=(1e-2,),
-    policy_learning_starts=64)
+    env_id="CountInput-v0", env_kwargs={"episode_length": 11}, batch_size=8, policy_lr=(1e-2,),
+    q_lr=(1e-2,), policy_learning_starts=64)
 
 
 def small(script, **changes):
@@ -55,3 +60,32 @@ def wait_for(path, seconds=120):
     while not path.exists():
         assert time.time() < deadline, f"{path} did not appear"
         time.sleep(0.05)
+
+
+def spy(monkeypatch, owner, name):
+    """owner.name works as before. Returns the list of its calls: args (before the call), result, training.
+
+    training: whether gradients are on, as they are in a script's update and nowhere else.
+    """
+    calls, original = [], getattr(owner, name)
+
+    def wrapper(*args, **kwargs):
+        before = copies(args)
+        result = original(*args, **kwargs)
+        calls.append(SimpleNamespace(args=before, result=copies(result), training=torch.is_grad_enabled()))
+        return result
+
+    monkeypatch.setattr(owner, name, wrapper)
+    return calls
+
+
+def copies(tree):
+    """Tensors are detached copies: what is overwritten later stays as it was."""
+    return pytree.tree_map(lambda x: x.detach().clone() if isinstance(x, torch.Tensor) else x, tree)
+
+
+def assert_caught(tmp_path, capsys, script, **changes):
+    """With what has been planted, the run warns that the policy in training is not the one that acted."""
+    rows, _ = run(tmp_path, script, **changes)
+    assert max(column(rows, "debug/first_logratio")) > 1e-3
+    assert "the policy in training is not the one that acted" in "".join(capsys.readouterr())
