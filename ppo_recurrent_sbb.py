@@ -203,7 +203,7 @@ def refresh(seg_state, agent, obs, states, starts, first, col, burn_in):
 @torch.no_grad()
 def values_of(agent, last_obs, state):
     """[c] values of last observations of c episodes.   last_obs: c tuples of leaves, state: of [c, ...]"""
-    obs = tuple(torch.stack(leaf) for leaf in zip(*last_obs))                       # leaves of [c, ...]
+    obs = tuple(torch.stack(leaf) for leaf in zip(*last_obs))                   # leaves of [c, ...]
     goes_on = torch.zeros(1, len(last_obs), dtype=torch.bool, device=obs[0].device)
     _, value, _ = agent(add_time(obs), state, goes_on)
     return value[0]
@@ -243,7 +243,7 @@ def train(args, saved):
     next_obs = tensors(envs.reset(seed=args.seed)[0])       # leaves of [N, ...]
     next_start = torch.ones(N, dtype=torch.bool, device=device)
     state = agent.memory.initial_state(N)                   # tuple of [N, ...]
-    discounted = torch.zeros(N, device=device)              # discounted return so far (--norm-reward)
+    discounted = torch.zeros(N, device=device)          # discounted return so far (--norm-reward)
 
     obs = tuple(o.new_zeros(T, *o.shape) for o in next_obs)                 # leaves of [T, N, ...]
     action_shape, action_dtype = agent.policy.action_shape, agent.policy.action_dtype

@@ -159,7 +159,7 @@ def age_of(starts, next_start):
 @torch.no_grad()
 def values_of(agent, last_obs, state):
     """[c] values of last observations of c episodes.   last_obs: c tuples of leaves, state: of [c, ...]"""
-    obs = tuple(torch.stack(leaf) for leaf in zip(*last_obs))                       # leaves of [c, ...]
+    obs = tuple(torch.stack(leaf) for leaf in zip(*last_obs))                   # leaves of [c, ...]
     goes_on = torch.zeros(1, len(last_obs), dtype=torch.bool, device=obs[0].device)
     _, value, _ = agent(add_time(obs), state, goes_on)
     return value[0]
@@ -193,7 +193,7 @@ def train(args, saved):
     next_obs = tensors(envs.reset(seed=args.seed)[0])       # leaves of [N, ...]
     next_start = torch.ones(N, dtype=torch.bool, device=device)
     state = agent.memory.initial_state(N)                   # tuple of [N, ...]
-    discounted = torch.zeros(N, device=device)              # discounted return so far (--norm-reward)
+    discounted = torch.zeros(N, device=device)          # discounted return so far (--norm-reward)
     tape_state = state                                      # the memory before the tape
     prefix_obs = tuple(o.new_zeros(0, *o.shape) for o in next_obs)          # leaves of [P, N, ...]
     prefix_starts = next_start.new_zeros(0, N)              # [P, N]

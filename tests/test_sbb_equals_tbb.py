@@ -1,7 +1,7 @@
 """Cut into whole episodes or left on the tape: the same loss and the same gradients, for every memory.
 
-Both scripts train as they are, in float64, from one seed, on one minibatch: with segments as long as the episodes,
-their stored states and the mean over real steps, SBB computes what TBB computes.
+Both scripts train as they are, in float64, from one seed, on one minibatch: with segments as long as the
+episodes, their stored states and the mean over real steps, SBB computes what TBB computes.
 """
 import pytest
 import torch

@@ -2,13 +2,16 @@
 import csv
 import itertools
 import json
+import math
 import os
 import random
+import re
 import signal
 import sys
 import time
 import types
 
+import gymnasium as gym
 import imageio
 import pytest
 import safetensors
@@ -19,10 +22,15 @@ import dqn_recurrent_sbb
 import dqn_recurrent_tbb
 import ppo_recurrent_sbb
 import ppo_recurrent_tbb
+import ppo_recurrent_tbb_multigpu
 import sac_discrete_sbb
 import sac_gru
 import td3_gru
-from tests.helpers import column, comparable, planted, run, small, wait_for, weights_of
+from envs import vector
+from models import run_folder
+from models.flags import read_checkpoint
+from models.rnn import GRU
+from tests.helpers import column, comparable, copies, run, small, wait_for, weights_of
 
 PPO = ppo_recurrent_sbb, ppo_recurrent_tbb
 DQN = dqn_recurrent_sbb, dqn_recurrent_tbb
@@ -32,6 +40,11 @@ OFF_POLICY = *DQN, sac_discrete_sbb, *CONTINUOUS
 
 @pytest.fixture(params=[*PPO, *OFF_POLICY], ids=lambda module: module.__name__)
 def script(request):
+    return request.param
+
+
+@pytest.fixture(params=[*PPO, ppo_recurrent_tbb_multigpu, *OFF_POLICY], ids=lambda module: module.__name__)
+def any_script(request):
     return request.param
 
 
@@ -62,8 +75,8 @@ def test_resume_equals_never_having_stopped(script, tmp_path, changes):
     _, half = run(tmp_path, script, run_name="half", total_timesteps=4 * 32 * 2, **changes)
     rows, half = run(tmp_path, script, resume=str(half), **changes)
     assert comparable(rows) == comparable(whole)
-    for name, weight in weights_of(script, folder).items():
-        assert torch.equal(weight, weights_of(script, half)[name]), name
+    for name, weight in weights_of(folder).items():
+        assert torch.equal(weight, weights_of(half)[name]), name
 
 
 def test_same_seed_same_numbers_another_seed_others(script, tmp_path):
@@ -81,7 +94,7 @@ def test_resume_drops_rows_after_the_checkpoint(script, tmp_path):
 
 def test_other_peoples_tasks_and_another_number_of_environments_resume_with_new_episodes(script, tmp_path, capsys):
     task = "PositionOnlyPendulum" if script in CONTINUOUS else "RepeatPrevious"
-    changes = dict(env_id=f"popgym-{task}Easy-v0", env_kwargs="{}", prev_action=True)
+    changes = dict(env_id=f"popgym-{task}Easy-v0", env_kwargs={}, prev_action=True)
     _, folder = run(tmp_path, script, **changes)
     rows, folder = run(tmp_path, script, resume=str(folder), total_timesteps=4 * 32 * 4, **changes)
     assert column(rows, "global_step") == [128, 256, 384, 512]
@@ -100,7 +113,9 @@ def test_run_folder_holds_what_design_says(script, tmp_path):
     rows, folder = run(tmp_path, script, eval_every=256, eval_episodes=5)
     assert {"args.json", "progress.csv", "model.safetensors", "checkpoint.pt"} <= {p.name for p in folder.iterdir()}
     assert any(p.name.startswith("events.out.tfevents") for p in folder.iterdir())
-    assert list(rows[0])[:2] == ["global_step", "seconds"] and list(rows[0])[2:] == script.TAGS
+    header = list(rows[0])
+    assert header[:2] == ["global_step", "seconds"] and {"charts/SPS", "charts/success", "time/env"} < set(header)
+    assert all(re.fullmatch("(charts|losses|eval|debug|time)/[A-Za-z_]+", tag) for tag in header[2:])
     assert [bool(row["eval/episodic_return"]) for row in rows] == [False, True, False]
     assert json.loads((folder / "args.json").read_text())["num_envs"] == 4
     with safetensors.safe_open(folder / "model.safetensors", "pt") as f:
@@ -111,6 +126,7 @@ def test_ctrl_c_saves_and_exits_0_and_sigkill_leaves_only_whole_files(script, tm
     def start(*more):
         flags = small(script, learning_rate="1e-2", policy_lr="1e-2", q_lr="1e-2", ent_coef="1e-3", total_timesteps=10**8,
                       checkpoint_every=128)
+        flags["env_kwargs"] = json.dumps(flags["env_kwargs"])
         flags = [x for k, v in flags.items() for x in (f"--{k.replace('_', '-')}", v)]
         return run_script(f"{script.__name__}.py", *flags, *more)
 
@@ -121,8 +137,8 @@ def test_ctrl_c_saves_and_exits_0_and_sigkill_leaves_only_whole_files(script, tm
     if script in (ppo_recurrent_tbb, sac_gru):              # files are written alike in all of them
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        killed_at = script.read_checkpoint(tmp_path / "run")["global_step"]     # whole, whenever the kill came
-        assert weights_of(script, tmp_path / "run")
+        killed_at = read_checkpoint(tmp_path / "run")["global_step"]     # whole, whenever the kill came
+        assert weights_of(tmp_path / "run")
         rows = list(csv.reader((tmp_path / "run" / "progress.csv").open()))
         assert all(len(row) == len(rows[0]) for row in rows)
         before = checkpoint.stat().st_mtime_ns
@@ -135,7 +151,7 @@ def test_ctrl_c_saves_and_exits_0_and_sigkill_leaves_only_whole_files(script, tm
     stdout, stderr = process.communicate()
     assert process.returncode == 0, stderr
     assert "interrupted at step" in stdout and f"--resume {tmp_path / 'run'}" in stdout
-    step = script.read_checkpoint(tmp_path / "run")["global_step"]
+    step = read_checkpoint(tmp_path / "run")["global_step"]
     assert killed_at < step
     column_of_steps = [int(r["global_step"]) for r in csv.DictReader((tmp_path / "run" / "progress.csv").open())]
     assert column_of_steps == list(range(128, step + 1, 128))               # no row lost, none twice
@@ -166,14 +182,15 @@ def test_capture_video_films_every_checkpoint_and_changes_nothing(script, tmp_pa
 
 def test_capture_video_needs_a_task_that_draws(of_discrete_actions, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        run(tmp_path, of_discrete_actions, capture_video=True, env_kwargs="{}", env_id="popgym-RepeatPreviousEasy-v0")
+        run(tmp_path, of_discrete_actions, capture_video=True, env_kwargs={}, env_id="popgym-RepeatPreviousEasy-v0")
     assert "--capture-video" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_track_copies_tensorboard_to_wandb(script, tmp_path, monkeypatch, capsys):
     """A stand-in for wandb, which is optional: called once, before the writer it listens to, with what a resume finds again."""
     calls = []
-    monkeypatch.setattr(script, "SummaryWriter", lambda *args, **kw: calls.append("writer") or SummaryWriter(*args, **kw))
+    writer = lambda *args, **kwargs: calls.append("writer") or SummaryWriter(*args, **kwargs)  # noqa: E731
+    monkeypatch.setattr(run_folder, "SummaryWriter", writer)
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **kwargs: calls.append(kwargs)))
     _, folder = run(tmp_path, script, track=True, wandb_project_name="mine")
     run(tmp_path, script, track=True, resume=str(folder), total_timesteps=4 * 32 * 4)
@@ -190,7 +207,7 @@ def test_track_copies_tensorboard_to_wandb(script, tmp_path, monkeypatch, capsys
                                     "popgym-BattleshipEasy-v0", "popgym-PositionOnlyPendulumEasy-v0", "CartPole-v1",
                                     "CartPoleMasked-v0"])
 def test_every_kind_of_task_trains_and_plays(script, tmp_path, env_id, capsys):
-    task = dict(env_id=env_id, env_kwargs="{}", prev_action=True, prev_reward=True, eval_every=128, eval_episodes=2)
+    task = dict(env_id=env_id, env_kwargs={}, prev_action=True, prev_reward=True, eval_every=128, eval_episodes=2)
     if script in OFF_POLICY and ("Pendulum" in env_id) != (script in CONTINUOUS):
         with pytest.raises(SystemExit):
             run(tmp_path, script, **task)
@@ -202,11 +219,11 @@ def test_every_kind_of_task_trains_and_plays(script, tmp_path, env_id, capsys):
     assert "mean of 1: return" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("kwargs", ['{"max_steps": 30}', '{"max_steps": 30, "rgb": false}'])
+@pytest.mark.parametrize("kwargs", [{"max_steps": 30}, {"max_steps": 30, "rgb": False}])
 def test_images_and_symbols_train(of_discrete_actions, tmp_path, kwargs):
     script, name, most = of_discrete_actions, "losses/grad_norm", 10
     if script in PPO:
-        name, most = "debug/first_logratio", 1e-5
+        name, most = "debug/first_logratio", 1e-4
     rows, _ = run(tmp_path, script, env_id="MinigridMemory-v0", env_kwargs=kwargs, encoder_size=16)
     assert max(column(rows, name)) < most
 
@@ -214,8 +231,8 @@ def test_images_and_symbols_train(of_discrete_actions, tmp_path, kwargs):
 def test_mortar_mayhem_grid_runs_with_reset_options(of_discrete_actions, tmp_path):
     script = of_discrete_actions
     pytest.importorskip("memory_gym", reason="pip install --no-deps memory-gym==1.0.2")
-    rows, _ = run(tmp_path, script, env_id="MortarMayhem-Grid-v0", env_kwargs="{}", num_envs=2, num_minibatches=2,
-                  total_timesteps=128, num_steps=64, reset_options='{"command_count": [2], "explosion_delay": [2]}')
+    rows, _ = run(tmp_path, script, env_id="MortarMayhem-Grid-v0", env_kwargs={}, num_envs=2, num_minibatches=2,
+                  total_timesteps=128, num_steps=64, reset_options={"command_count": [2], "explosion_delay": [2]})
     assert max(column(rows, "charts/episodic_length")) < 30                     # two commands, not ten
 
 
@@ -358,9 +375,62 @@ def test_files_of_others_are_refused(script, tmp_path, capsys):
     assert "cannot be read" in refused("--resume", str(folder))
 
 
-def test_a_loss_that_is_not_finite_is_named(script, tmp_path):
-    good = {ppo_recurrent_sbb: "loss = pg_loss -", ppo_recurrent_tbb: "loss = pg_loss -", dqn_recurrent_sbb: "loss = (error",
-            dqn_recurrent_tbb: "loss = (error", sac_discrete_sbb: "loss = qf_loss /"}.get(script, "qf_loss = F.mse")
+def test_a_loss_that_is_not_finite_is_named(script, tmp_path, monkeypatch):
+    """The memory's output becomes nan in training, so that every loss does."""
+    forward = GRU.forward
+
+    def spoilt(self, x, state, start):
+        y, state = forward(self, x, state, start)
+        return (y * torch.nan if torch.is_grad_enabled() and y.requires_grad else y), state
+
+    monkeypatch.setattr(GRU, "forward", spoilt)
     with pytest.raises(SystemExit, match="not finite at step (96|128); the last checkpoint is"):
-        run(tmp_path, planted(tmp_path, script, (good, good.replace("= ", "= float('nan') * "))))
-    assert all(w.isfinite().all() for w in weights_of(script, tmp_path / "run").values())
+        run(tmp_path, script)
+    assert all(w.isfinite().all() for w in weights_of(tmp_path / "run").values())
+
+
+# ---------------------------------------------------------------------- what is shared cannot change what is learned
+
+class NoFolder:
+    """In place of models.run_folder.Run: writes nothing, logs nothing, is never interrupted."""
+
+    interrupted, kept = False, {}
+
+    def __init__(self, *args):
+        pass
+
+    def save(self, agent, *args, **kwargs):
+        self.kept.update(copies(agent.state_dict()))
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: None
+
+
+class NoEpisodes(gym.vector.VectorWrapper):
+    """In place of envs.vector.Episodes: counts nothing."""
+
+    recent = ()
+
+    def __init__(self, envs, task):
+        super().__init__(envs)
+
+    def mean(self):
+        return [math.nan] * 3
+
+    def state_dict(self):
+        return {}
+
+
+@pytest.mark.parametrize("changes", [{}, {"norm_obs": True, "norm_reward": True, "prev_action": True}], ids=str)
+def test_what_is_shared_cannot_change_what_is_learned(any_script, tmp_path, monkeypatch, changes):
+    """Without run folder, log, checkpoints, evaluations, films and counted episodes: the same weights to the bit."""
+    script, films = any_script, dict(checkpoint_every=128, capture_video=True)
+    _, folder = run(tmp_path, script, eval_every=128, eval_episodes=3, **films, **changes)
+    monkeypatch.setattr(script, "Run", NoFolder)
+    monkeypatch.setattr(vector, "Episodes", NoEpisodes)
+    monkeypatch.setattr(NoFolder, "kept", {})
+    script.train(script.Args(**small(script, runs_dir=str(tmp_path / "none"), **changes)), {})
+    weights = weights_of(folder)
+    assert weights.keys() == NoFolder.kept.keys() and not (tmp_path / "none").exists()
+    for name, weight in weights.items():
+        assert torch.equal(weight, NoFolder.kept[name]), name
