@@ -1,7 +1,7 @@
-"""The tasks. `import envs` registers them, so that gym.make and gym.make_vec know them; no algorithm code lives here.
+"""The tasks. `import envs` registers them, so gym.make and gym.make_vec know them.
 
-Our own tasks are written once, as a batch (envs/batch.py): make_vec gives the batch, make a batch of one.
-POPGym's, MiniGrid's and Memory Gym's ids keep their own names.
+Our own tasks are written once, as a batch (envs/batch.py): make_vec gives the batch, make a batch of
+one. The tasks of POPGym, MiniGrid and Memory Gym keep their own names. No algorithm code lives here.
 """
 import os
 
@@ -19,9 +19,9 @@ for env_id, module, name in [
     ("MinigridMemory-v0", "minigrid_memory", "MinigridMemory"),
     ("TMazePassive-v0", "tmaze", "TMazePassive"),
     ("TMazeActive-v0", "tmaze", "TMazeActive"),
-    ("VisualMatchPassive-v0", "three_phases", "VisualMatchPassive"),
-    ("VisualMatch-v0", "three_phases", "VisualMatch"),
-    ("KeyToDoor-v0", "three_phases", "KeyToDoor"),
+    ("VisualMatchPassive-v0", "visual_match", "VisualMatchPassive"),
+    ("VisualMatch-v0", "visual_match", "VisualMatch"),
+    ("KeyToDoor-v0", "visual_match", "KeyToDoor"),
     ("CountInput-v0", "count_input", "CountInput"),
     ("PendulumMasked-v1", "pendulum", "PendulumMasked"),
     ("PendulumSignFlip-v1", "pendulum", "PendulumSignFlip"),

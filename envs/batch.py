@@ -1,4 +1,4 @@
-"""One way to write a task: as a batch of N environments in numpy. The single environment is the batch of one."""
+"""How our tasks are written: as a batch of N environments in numpy. One is a batch of one."""
 import json
 
 import gymnasium as gym
@@ -20,23 +20,28 @@ class BatchEnv(gym.vector.VectorEnv):
     A task sets its two single spaces and its arrays in __init__ and defines three methods:
 
         begin(rows)     draw new episodes for these rows (integer array), from self.np_random only
-        move(actions)   advance every row; returns reward [N] float, terminated, truncated [N] bool, success [N] or None
+        move(actions)   advance every row; returns reward [N] float, terminated [N] and truncated [N]
+                        bool, and success [N], or None if the task does not define it
         observe()       the observations, a new array [N, ...]
 
-    `success` is reported in the info of an episode's last step. Episodes end as AutoresetMode.SAME_STEP says (the last
-    observation and info of the old episode are in infos["final_obs"] and infos["final_info"]), or, with DISABLED, wait
-    for reset(options={"reset_mask": mask}).
+    `success` is reported in the info of an episode's last step.
 
-    One generator serves the whole batch: reset(seed=s) repeats all N streams of episodes, but row i of a batch of N is
-    not the single environment of seed s + i.
+    What happens after the last step of an episode depends on the AutoresetMode.
+    SAME_STEP: the next episode begins at once. The last observation and info of the old one are in
+    infos["final_obs"] and infos["final_info"].
+    DISABLED: the row waits for reset(options={"reset_mask": mask}).
+
+    One generator serves the whole batch: reset(seed=s) repeats all N streams of episodes, but row i
+    of a batch of N is not the single environment with the seed s + i.
     """
 
-    def __init__(self, observation_space, action_space, num_envs=1, render_mode=None, autoreset_mode="SameStep"):
+    def __init__(self, observation_space, action_space, num_envs=1, render_mode=None,
+                 autoreset_mode="SameStep"):
         mode = AutoresetMode(autoreset_mode)
         if mode == AutoresetMode.NEXT_STEP:
-            # PITFALL: NEXT_STEP, Gymnasium's default, puts a phantom transition (action ignored, reward 0) between two
-            #   episodes. Symptom: one step more per episode than the task has, and a learner that fits it.
-            #   Test: test_envs.py::test_no_phantom_transition.
+            # PITFALL: NEXT_STEP, Gymnasium's default, puts a phantom transition (action ignored,
+            #   reward 0) between two episodes. Symptom: one step more per episode than the task has,
+            #   and an agent that learns from it. Test: test_envs.py::test_no_phantom_transition.
             raise ValueError("autoreset_mode must be SameStep or Disabled")
         self.metadata = SingleEnv.metadata | {"autoreset_mode": mode}
         self.num_envs, self.render_mode = num_envs, render_mode
@@ -47,9 +52,11 @@ class BatchEnv(gym.vector.VectorEnv):
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         options = dict(options or {})
-        self.begin(np.flatnonzero(options.pop("reset_mask", np.ones(self.num_envs, bool))))
+        rows = options.pop("reset_mask", np.ones(self.num_envs, bool))
+        self.begin(np.flatnonzero(rows))
         if options:
-            raise ValueError(f"this task has no reset options, but got {options}; its arguments go to gym.make")
+            raise ValueError(f"this task has no reset options, but got {options}; "
+                             "its arguments go to gym.make")
         return self.observe(), {}
 
     def step(self, actions):
@@ -61,7 +68,8 @@ class BatchEnv(gym.vector.VectorEnv):
                 final_obs = np.full(self.num_envs, None, dtype=object)
                 for i in np.flatnonzero(done):
                     final_obs[i] = obs[i]
-                infos = {"final_obs": final_obs, "_final_obs": done, "final_info": infos, "_final_info": done}
+                infos = {"final_obs": final_obs, "_final_obs": done,
+                         "final_info": infos, "_final_info": done}
                 self.begin(np.flatnonzero(done))
                 obs = self.observe()
         return obs, reward, terminated, truncated, infos
@@ -72,7 +80,7 @@ class BatchEnv(gym.vector.VectorEnv):
         return tuple(draw(i) for i in range(self.num_envs))
 
     def state_dict(self):
-        """Where every episode stands, and the random generator: what a resume needs. Values are arrays or strings."""
+        """What a resume needs: every array of the task, and the random generator as a string."""
         arrays = {k: v.copy() for k, v in vars(self).items() if isinstance(v, np.ndarray)}
         return arrays | {"np_random": json.dumps(self.np_random.bit_generator.state)}
 
@@ -85,15 +93,19 @@ class BatchEnv(gym.vector.VectorEnv):
 
 
 class SingleEnv(gym.Env):
-    """The batch of one as a plain gymnasium.Env. A task names its batch: `class Task(SingleEnv): batch_class = TaskBatch`."""
+    """The batch of one as a plain gymnasium.Env.
+
+    A task names its batch:   class Task(SingleEnv): batch_class = TaskBatch
+    """
 
     metadata = {"render_modes": ["ansi", "rgb_array"], "render_fps": 4}
     batch_class = None
 
     def __init__(self, render_mode=None, **kwargs):
-        self.batch = self.batch_class(num_envs=1, render_mode=render_mode, autoreset_mode="Disabled", **kwargs)
+        self.batch = self.batch_class(1, render_mode=render_mode, autoreset_mode="Disabled", **kwargs)
         self.render_mode = render_mode
-        self.observation_space, self.action_space = self.batch.single_observation_space, self.batch.single_action_space
+        self.observation_space = self.batch.single_observation_space
+        self.action_space = self.batch.single_action_space
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)

@@ -1,6 +1,7 @@
-"""CartPoleMasked-v0: Gymnasium's CartPole with both velocities hidden (they read 0), 200 steps, reward 1 a step.
+"""CartPoleMasked-v0: Gymnasium's CartPole with both velocities hidden. They read 0.
 
-Balancing needs the velocities, which only a memory of earlier positions can give. `success`: the pole stood for 200 steps.
+Balancing needs the velocities, and only a memory of earlier positions can give them.
+Reward: 1 a step. An episode is truncated after `max_steps`. `success`: the pole stood until then.
 """
 import gymnasium as gym
 import numpy as np
@@ -11,11 +12,12 @@ from envs.batch import BatchEnv, SingleEnv
 
 class CartPoleMaskedBatch(BatchEnv):
     def __init__(self, num_envs=1, max_steps=200, **kwargs):
-        self.cartpole = CartPoleEnv(render_mode="rgb_array")                # its constants, spaces and drawing
-        super().__init__(self.cartpole.observation_space, gym.spaces.Discrete(2), num_envs, **kwargs)
+        self.cartpole = CartPoleEnv(render_mode="rgb_array")                # for constants and drawing
+        observation_space = self.cartpole.observation_space
+        super().__init__(observation_space, gym.spaces.Discrete(2), num_envs, **kwargs)
         self.max_steps = max_steps
-        self.t = np.zeros(num_envs, int)                                    # [N]
-        self.state = np.zeros((num_envs, 4))                                # [N, 4] x, x_dot, theta, theta_dot
+        self.t = np.zeros(num_envs, int)                    # [N]
+        self.state = np.zeros((num_envs, 4))                # [N, 4] x, x_dot, theta, theta_dot
 
     def begin(self, rows):
         self.t[rows] = 0
@@ -23,23 +25,27 @@ class CartPoleMaskedBatch(BatchEnv):
 
     def move(self, actions):
         """Barto, Sutton and Anderson (1983) with Gymnasium's constants: explicit Euler, 20 ms."""
-        c, (_, x_dot, theta, theta_dot) = self.cartpole, self.state.T
+        c = self.cartpole
+        x, x_dot, theta, theta_dot = self.state.T
         force = np.where(actions == 1, c.force_mag, -c.force_mag)
         cos, sin = np.cos(theta), np.sin(theta)
         temp = (force + c.polemass_length * theta_dot**2 * sin) / c.total_mass
-        theta_acc = (c.gravity * sin - cos * temp) / (c.length * (4 / 3 - c.masspole * cos**2 / c.total_mass))
+        inertia = c.length * (4 / 3 - c.masspole * cos**2 / c.total_mass)
+        theta_acc = (c.gravity * sin - cos * temp) / inertia
         x_acc = temp - c.polemass_length * theta_acc * cos / c.total_mass
         self.state = self.state + c.tau * np.stack([x_dot, x_acc, theta_dot, theta_acc], axis=1)
         self.t += 1
-        fell = (np.abs(self.state[:, 0]) > c.x_threshold) | (np.abs(self.state[:, 2]) > c.theta_threshold_radians)
+        x, _, theta, _ = np.abs(self.state.T)
+        fell = (x > c.x_threshold) | (theta > c.theta_threshold_radians)
         truncated = self.t >= self.max_steps
         return np.ones(self.num_envs), fell, truncated, truncated & ~fell
 
     def observe(self):
-        return (self.state * [1, 0, 1, 0]).astype(np.float32)               # [N, 4]
+        return (self.state * [1, 0, 1, 0]).astype(np.float32)
 
     def text(self, i):
-        return f"step {self.t[i]:3d}   x {self.state[i, 0]:+.2f} m   pole {np.degrees(self.state[i, 2]):+5.1f} deg"
+        x, _, theta, _ = self.state[i]
+        return f"step {self.t[i]:3d}   x {x:+.2f} m   pole {np.degrees(theta):+5.1f} deg"
 
     def picture(self, i):
         self.cartpole.state = self.state[i]

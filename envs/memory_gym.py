@@ -1,6 +1,7 @@
-"""Memory Gym's ids under their own names: SDL without window or sound, observations that are copies, clear errors.
+"""Memory Gym's tasks under their own names (https://github.com/MarcoMeter/endless-memory-gym).
 
-https://github.com/MarcoMeter/endless-memory-gym. It is imported when one of its tasks is made, not before.
+They run without window and sound, their observations are copies, and errors are clear sentences.
+The package is imported when one of its tasks is made, not before.
 """
 import importlib
 import os
@@ -24,7 +25,8 @@ TASKS = {
 def register():
     unregister()
     for env_id in TASKS:
-        gym.register(env_id, "envs.memory_gym:make", kwargs={"task": env_id}, disable_env_checker=True)
+        kwargs = {"task": env_id}
+        gym.register(env_id, "envs.memory_gym:make", kwargs=kwargs, disable_env_checker=True)
 
 
 def unregister():
@@ -33,8 +35,8 @@ def unregister():
 
 
 def make(task, render_mode=None):
-    """The task by its id. Like every pygame program it shares one display with all others of the process."""
-    os.environ.setdefault("SDL_AUDIODRIVER", "dummy")       # else ALSA floods stderr where there is no sound card
+    """The task of this id. All pygame programs of a process share one display."""
+    os.environ.setdefault("SDL_AUDIODRIVER", "dummy")       # else ALSA may flood stderr
     if render_mode != "human":
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
     elif os.environ.get("SDL_VIDEODRIVER") == "dummy":      # left by a task made without a window
@@ -43,7 +45,7 @@ def make(task, render_mode=None):
         del os.environ["SDL_VIDEODRIVER"]
         pygame.display.quit()
     module, name = TASKS[task].split(":")
-    unregister()                                # importing memory_gym registers its bare classes under the same names
+    unregister()                                            # memory_gym registers the same names
     try:
         env_class = getattr(importlib.import_module(f"memory_gym.{module}"), name)
     except ModuleNotFoundError as e:
@@ -55,12 +57,12 @@ def make(task, render_mode=None):
 
 
 class MemoryGym(gym.Wrapper):
-    """Copies observations (MortarMayhemB returns the same arrays again and again) and turns assertions into errors."""
+    """Copies observations and turns assertions into errors. (MortarMayhemB reuses its arrays.)"""
 
     def reset(self, *, seed=None, options=None):
         try:
             obs, info = self.env.reset(seed=seed, options=options)
-        except AssertionError as e:             # a misspelt or impossible reset option
+        except AssertionError as e:                         # a misspelt or impossible reset option
             raise ValueError(str(e) or f"impossible reset options {options}") from e
         return self.copy(obs), info
 

@@ -1,13 +1,17 @@
-"""MinigridMemory-v0: MiniGrid's Memory task as recurrent-ppo uses it (view 3x3, three actions), at table-lookup speed.
+"""MinigridMemory-v0: MiniGrid's Memory task as recurrent-ppo uses it, at table-lookup speed.
 
-The agent starts in a corridor, must look into the room on the left, remember the object there (key or ball) and at the
-junction on the right turn to the same object. Reward 1 - 0.9 * t / max_steps at the right object, else 0; without
-memory: success 1/2. Actions: 0 turn left, 1 turn right, 2 forward. Observation: RGB uint8 [3 * 28, 3 * 28, 3], or, with
-`rgb=False`, MiniGrid's symbols [3, 3, 3] (object, colour and state of every cell in view) as the MultiDiscrete they are:
-as numbers, a key (5) and a ball (6) hardly differ.
+The agent starts in a corridor. In the room on the left lies an object, a key or a ball. At the junction
+on the right lie both, and the agent must turn to the one that it saw. It sees 3 x 3 cells.
 
-MiniGrid's own engine is asked once for every state of the task (a few hundred: layout x position x direction), what
-follows after each action and what the agent sees there; stepping then looks that up for all environments at once.
+Actions: 0 turn left, 1 turn right, 2 forward.
+Reward: 1 - 0.9 * t / max_steps at the right object, else 0. Without memory success is 1/2.
+Observation: RGB uint8 [3 * 28, 3 * 28, 3]. With `rgb=False`: MiniGrid's symbols [3, 3, 3], which are
+object, colour and state of every cell in view. They are a MultiDiscrete, because as numbers a key (5)
+and a ball (6) hardly differ.
+
+MiniGrid's own engine is asked only once: for every state of the task, what follows after each action
+and what the agent sees. There are a few hundred states: layout x position x direction. A step looks
+this up, for all environments at once.
 """
 import functools
 from types import SimpleNamespace
@@ -19,22 +23,25 @@ from minigrid.envs import MemoryEnv
 
 from envs.batch import BatchEnv, SingleEnv
 
-SUCCESS, FAILURE = 1, 2                                       # outcome of a step; 0 goes on
+SUCCESS, FAILURE = 1, 2  # outcome of a step; 0: the episode goes on
 
 
 @functools.cache
 def enumerate_states(size, view_size, tile_size, random_length, rgb):
-    """Every reachable state of MiniGrid's MemoryEnv, as tables. K layouts, S states, O different observations.
+    """Every reachable state of MiniGrid's MemoryEnv: K layouts, S states, O observations.
 
-    worlds      K MemoryEnv objects, one a layout (hallway length x object in the room x objects at the junction)
+    worlds      K MemoryEnv objects, one a layout. Layouts differ in the length of the hallway, the
+                object in the room, and which object lies where at the junction.
     begins      K arrays: the states in which an episode of this layout may begin
     where       [S, 4] layout, x, y, direction
-    next_state  [S, 3] and outcome [S, 3]: what an action does
-    seen        [S] which observation a state shows, and views [O, ...], the observations
+    next_state  [S, 3] the state after each action
+    outcome     [S, 3] 0, SUCCESS or FAILURE
+    seen        [S] the number of the observation that a state shows
+    views       [O, ...] the observations
     """
     worlds = {}
     num_layouts = 4 * (size - 6 if random_length else 1)
-    for seed in range(10_000):                                # the engine draws the layout: ask until all were seen
+    for seed in range(10_000):                              # the engine draws the layout
         world = MemoryEnv(size=size, random_length=random_length, agent_view_size=view_size)
         world.reset(seed=seed)
         worlds.setdefault(world.grid.encode().tobytes(), world)
@@ -45,21 +52,27 @@ def enumerate_states(size, view_size, tile_size, random_length, rgb):
     where, index, views, view_index = [], {}, [], {}
     next_state, outcome, seen = [], [], []
 
-    def number(layout):                                       # the number of the state that `layout` is in now
+    def number_of(layout):
+        """The number of the state that this layout's world is in now; a new one if it is new."""
         world = worlds[layout]
         state = (layout, *(int(c) for c in world.agent_pos), int(world.agent_dir))
         if state not in index:
             index[state] = len(where)
             where.append(state)
-            view = world.get_frame(tile_size=tile_size, agent_pov=True) if rgb else world.gen_obs()["image"].astype(int)
+            if rgb:
+                view = world.get_frame(tile_size=tile_size, agent_pov=True)
+            else:
+                view = world.gen_obs()["image"].astype(int)
             seen.append(view_index.setdefault(view.tobytes(), len(views)))
             if seen[-1] == len(views):
                 views.append(view)
         return index[state]
 
     def go_to(state):
+        """Puts the world of the state's layout into this state; returns the layout."""
         layout, x, y, direction = where[state]
-        worlds[layout].agent_pos, worlds[layout].agent_dir, worlds[layout].step_count = (x, y), direction, 0
+        world = worlds[layout]
+        world.agent_pos, world.agent_dir, world.step_count = (x, y), direction, 0
         return layout
 
     begins = []
@@ -68,20 +81,22 @@ def enumerate_states(size, view_size, tile_size, random_length, rgb):
         begins.append([])
         for x in range(1, hallway_end + 1):
             world.agent_pos, world.agent_dir = (x, size // 2), 0
-            begins[layout].append(number(layout))
-    while len(next_state) < len(where):                       # breadth first: `where` grows while we walk along it
+            begins[layout].append(number_of(layout))
+    while len(next_state) < len(where):                     # `where` grows while this goes on
         now, follows, ends = len(next_state), [], []
         for action in range(3):
-            world = worlds[go_to(now)]
+            layout = go_to(now)
+            world = worlds[layout]
             _, _, terminated, _, _ = world.step(action)
             at_goal = tuple(world.agent_pos) == world.success_pos
-            follows.append(number(where[now][0]))
+            follows.append(number_of(layout))
             ends.append(0 if not terminated else SUCCESS if at_goal else FAILURE)
         next_state.append(follows)
         outcome.append(ends)
-    tables = (np.array(x) for x in (where, next_state, outcome, seen, np.stack(views)))
-    return SimpleNamespace(worlds=worlds, begins=[np.array(b) for b in begins],
-                           **dict(zip(("where", "next_state", "outcome", "seen", "views"), tables)))
+    return SimpleNamespace(
+        worlds=worlds, begins=[np.array(states) for states in begins], where=np.array(where),
+        next_state=np.array(next_state), outcome=np.array(outcome), seen=np.array(seen),
+        views=np.stack(views))
 
 
 class MinigridMemoryBatch(BatchEnv):
@@ -89,20 +104,25 @@ class MinigridMemoryBatch(BatchEnv):
                  max_steps=None, **kwargs):
         self.tables = enumerate_states(size, view_size, tile_size, random_length, rgb)
         shape = self.tables.views.shape[1:]
-        symbols = np.broadcast_to([len(OBJECT_TO_IDX), len(COLOR_TO_IDX), len(STATE_TO_IDX)], shape)
-        observation_space = gym.spaces.Box(0, 255, shape, np.uint8) if rgb else gym.spaces.MultiDiscrete(symbols)
+        if rgb:
+            observation_space = gym.spaces.Box(0, 255, shape, np.uint8)
+        else:
+            symbols = [len(OBJECT_TO_IDX), len(COLOR_TO_IDX), len(STATE_TO_IDX)]
+            observation_space = gym.spaces.MultiDiscrete(np.broadcast_to(symbols, shape))
         super().__init__(observation_space, gym.spaces.Discrete(3), num_envs, **kwargs)
         self.max_steps = max_steps or 5 * size**2
-        self.t, self.state = np.zeros(num_envs, int), np.zeros(num_envs, int)              # [N] each
+        self.t = np.zeros(num_envs, int)                    # [N]
+        self.state = np.zeros(num_envs, int)                # [N]
 
     def begin(self, rows):
         self.t[rows] = 0
-        for i, layout in zip(rows, self.np_random.integers(len(self.tables.begins), size=len(rows))):
+        layouts = self.np_random.integers(len(self.tables.begins), size=len(rows))
+        for i, layout in zip(rows, layouts):
             self.state[i] = self.np_random.choice(self.tables.begins[layout])
 
     def move(self, actions):
         at = self.state, actions
-        outcome = self.tables.outcome[at]                     # [N]
+        outcome = self.tables.outcome[at]                   # [N]
         self.state = self.tables.next_state[at]
         self.t += 1
         success = outcome == SUCCESS
@@ -110,7 +130,7 @@ class MinigridMemoryBatch(BatchEnv):
         return reward, outcome > 0, self.t >= self.max_steps, success
 
     def observe(self):
-        return self.tables.views[self.tables.seen[self.state]]                             # [N, ...]
+        return self.tables.views[self.tables.seen[self.state]]              # [N, ...]
 
     def world(self, i):
         layout, x, y, direction = self.tables.where[self.state[i]]

@@ -1,8 +1,10 @@
-"""PendulumMasked-v1 and PendulumSignFlip-v1: Gymnasium's Pendulum-v1 (200 steps), of which something must be remembered.
+"""PendulumMasked-v1 and PendulumSignFlip-v1: Gymnasium's Pendulum-v1 with something to remember.
 
-Masked: the observation is [cos, sin], without the velocity, which two observations tell. SignFlip: in half of the episodes, by
-the toss of a coin, the torque acts the other way round; the observation is [cos, sin, velocity, last action] and the sign must
-be found out and kept, so that learning within the episode is learned. Reward and return are Pendulum-v1's (about -150 is good).
+Masked: the observation is [cos, sin]. The velocity is missing; two observations together tell it.
+SignFlip: the observation is [cos, sin, velocity, last action]. In half of the episodes, chosen by a
+coin toss, the torque acts the other way round. The agent must find out the sign and remember it.
+
+Reward and return are those of Pendulum-v1; about -150 is good. Episodes have 200 steps.
 """
 import gymnasium as gym
 import numpy as np
@@ -15,25 +17,31 @@ class PendulumMaskedBatch(BatchEnv):
     high = (1.0, 1.0)                                       # of the observation
 
     def __init__(self, num_envs=1, max_steps=200, **kwargs):
-        self.pendulum = PendulumEnv(render_mode="rgb_array")                # its constants, action space and drawing
+        self.pendulum = PendulumEnv(render_mode="rgb_array")                # for constants and drawing
         high = np.array(self.high, np.float32)
-        super().__init__(gym.spaces.Box(-high, high), self.pendulum.action_space, num_envs, **kwargs)
+        observation_space = gym.spaces.Box(-high, high)
+        super().__init__(observation_space, self.pendulum.action_space, num_envs, **kwargs)
         check_whole(max_steps=max_steps)
         self.max_steps = max_steps
-        self.t, self.sign = np.zeros(num_envs, int), np.ones(num_envs, int)                            # [N] each
-        self.theta, self.velocity, self.action = (np.zeros(num_envs) for _ in range(3))                # [N] rad, rad/s, Nm
+        self.t = np.zeros(num_envs, int)                    # [N]
+        self.sign = np.ones(num_envs, int)                  # [N] of the torque
+        self.theta = np.zeros(num_envs)                     # [N] rad, 0 is upright
+        self.velocity = np.zeros(num_envs)                  # [N] rad/s
+        self.action = np.zeros(num_envs)                    # [N] Nm, the last one
 
     def begin(self, rows):
         self.t[rows], self.action[rows] = 0, 0
-        self.theta[rows], self.velocity[rows] = self.np_random.uniform([[-np.pi], [-1]], [[np.pi], [1]], (2, len(rows)))
+        drawn = self.np_random.uniform([[-np.pi], [-1]], [[np.pi], [1]], (2, len(rows)))
+        self.theta[rows], self.velocity[rows] = drawn
 
     def move(self, actions):
         """Gymnasium's PendulumEnv.step with its constants: semi-implicit Euler, 50 ms."""
         p = self.pendulum
         self.action = actions[:, 0].astype(float).clip(-p.max_torque, p.max_torque)
-        angle = (self.theta + np.pi) % (2 * np.pi) - np.pi                  # 0 is upright
+        angle = (self.theta + np.pi) % (2 * np.pi) - np.pi  # -pi ... pi
         reward = -(angle**2 + 0.1 * self.velocity**2 + 0.001 * self.action**2)
-        acceleration = 3 * p.g / (2 * p.l) * np.sin(self.theta) + 3 / (p.m * p.l**2) * self.sign * self.action
+        gravity = 3 * p.g / (2 * p.l) * np.sin(self.theta)
+        acceleration = gravity + 3 / (p.m * p.l**2) * self.sign * self.action
         self.velocity = (self.velocity + acceleration * p.dt).clip(-p.max_speed, p.max_speed)
         self.theta = self.theta + self.velocity * p.dt
         self.t = self.t + 1
@@ -41,13 +49,15 @@ class PendulumMaskedBatch(BatchEnv):
         return reward, np.zeros_like(truncated), truncated, None
 
     def observe(self):
-        return np.array([np.cos(self.theta), np.sin(self.theta)], np.float32).T                        # [N, 2]
+        return np.array([np.cos(self.theta), np.sin(self.theta)], np.float32).T             # [N, 2]
 
     def text(self, i):
-        return f"step {self.t[i]:3d}   {np.degrees(self.theta[i]) % 360:5.1f} deg   torque {self.action[i]:+.2f} Nm"
+        degrees = np.degrees(self.theta[i]) % 360
+        return f"step {self.t[i]:3d}   {degrees:5.1f} deg   torque {self.action[i]:+.2f} Nm"
 
     def picture(self, i):
-        self.pendulum.state, self.pendulum.last_u = (self.theta[i], self.velocity[i]), self.action[i]
+        self.pendulum.state = self.theta[i], self.velocity[i]
+        self.pendulum.last_u = self.action[i]
         return self.pendulum.render()
 
 
@@ -59,7 +69,8 @@ class PendulumSignFlipBatch(PendulumMaskedBatch):
         self.sign[rows] = 2 * self.np_random.integers(2, size=len(rows)) - 1
 
     def observe(self):
-        return np.array([np.cos(self.theta), np.sin(self.theta), self.velocity, self.action], np.float32).T            # [N, 4]
+        columns = [np.cos(self.theta), np.sin(self.theta), self.velocity, self.action]
+        return np.array(columns, np.float32).T              # [N, 4]
 
 
 class PendulumMasked(SingleEnv):

@@ -1,45 +1,52 @@
 """PocMemory-v0, the proof-of-concept task of recurrent-ppo (Pleines): does the memory work at all?
 
-A line of 11 cells, positions -1, -.8, ... 1. One end is good (+1), the other bad (-1); the agent sees which in the
-first three observations only. Observation (3): left goal, position, right goal; the goals read 0 once hidden.
-Actions: 0 left, 1 right. Nothing moves during the two show steps (`freeze`), reward 0. Then each move costs .1, the good
-end gives 1 + 6 * .1 = 1.6, the bad end -1.6, and both end the episode. The original has no time limit; here an episode is
-truncated after `max_steps`.
+A line of 11 cells at the positions -1, -0.8, ..., 1. One end is good, the other one is bad. The agent
+sees which one is good in the first three observations only.
 
-The first move is still made with the goals in view, so even without memory success can reach 0.7, no more: from cells
--1, 0, 1 both goals are equally likely, whatever the policy; from +-2, +-3 (2 of 5 starts) the first move gave the goal away.
+Observation [3]: left goal, position, right goal. The goals read 0 once they are hidden.
+Actions: 0 left, 1 right. In the first two steps nothing moves (`freeze`), and the reward is 0.
+Reward: then -0.1 a move, 1.6 at the good end and -1.6 at the bad end; both end the episode.
+The original has no time limit; here an episode is truncated after `max_steps`.
+
+Without memory success can reach 0.7, and no more, because the first move is made with the goals in
+view. After it, on the cells -1, 0 and 1 both goals are equally likely, whatever the policy is. On the
+cells +-2 and +-3 (2 of 5 starts) the first move has given the goal away.
 """
 import gymnasium as gym
 import numpy as np
 
 from envs.batch import BatchEnv, SingleEnv
 
-SHOW_STEPS, END, STEP_PENALTY, GOAL_REWARD = 2, 5, 0.1, 1.6      # END: the outermost cell, in steps of .2
+SHOW_STEPS, STEP_PENALTY, GOAL_REWARD = 2, 0.1, 1.6
+END = 5  # the outermost cell; cells are numbered -5 ... 5 and are 0.2 wide
 
 
 class PocMemoryBatch(BatchEnv):
     def __init__(self, num_envs=1, freeze=True, max_steps=100, **kwargs):
-        super().__init__(gym.spaces.Box(-1.0, 1.0, (3,), np.float32), gym.spaces.Discrete(2), num_envs, **kwargs)
+        observation_space = gym.spaces.Box(-1.0, 1.0, (3,), np.float32)
+        super().__init__(observation_space, gym.spaces.Discrete(2), num_envs, **kwargs)
         self.freeze, self.max_steps = freeze, max_steps
-        self.t, self.cell, self.good_end = (np.zeros(num_envs, int) for _ in range(3))     # [N] each
+        self.t = np.zeros(num_envs, int)                    # [N]
+        self.cell = np.zeros(num_envs, int)                 # [N] -5 ... 5
+        self.good_end = np.zeros(num_envs, int)             # [N] -1 left, 1 right
 
     def begin(self, rows):
         self.t[rows] = 0
-        self.cell[rows] = self.np_random.integers(-2, 3, size=len(rows))                   # -.4 ... .4
-        self.good_end[rows] = 2 * self.np_random.integers(2, size=len(rows)) - 1           # -1 left, +1 right
+        self.cell[rows] = self.np_random.integers(-2, 3, size=len(rows))
+        self.good_end[rows] = 2 * self.np_random.integers(2, size=len(rows)) - 1
 
     def move(self, actions):
-        moves = 1 if not self.freeze else self.t >= SHOW_STEPS
+        moves = self.t >= SHOW_STEPS if self.freeze else 1  # whether the agent moves
         self.cell = self.cell + (2 * actions - 1) * moves
         self.t = self.t + 1
         terminated = np.abs(self.cell) == END
-        side = self.cell * self.good_end                                                   # END: good end, -END: bad end
+        side = self.cell * self.good_end                    # good end: END, bad end: -END
         reward = np.where(terminated, GOAL_REWARD / END * side, -STEP_PENALTY * moves)
         return reward, terminated, self.t >= self.max_steps, side == END
 
     def observe(self):
         goals = self.good_end * (self.t <= SHOW_STEPS)
-        return np.array([-goals, self.cell / END, goals], np.float32).T                    # [N, 3]
+        return np.array([-goals, self.cell / END, goals], np.float32).T     # [N, 3]
 
     def text(self, i):
         line = ["."] * (2 * END + 1)
@@ -48,12 +55,14 @@ class PocMemoryBatch(BatchEnv):
         return "".join(line) + ("   the agent sees the goals" if self.t[i] <= SHOW_STEPS else "")
 
     def picture(self, i, size=32):
-        """The line of cells: goals green and red (pale once the agent cannot see them), the agent blue."""
+        """The goals are green and red, pale once they are hidden; the agent is blue."""
         cells = np.full((2 * END + 1, 3), 235, np.uint8)
-        good, bad = ((0, 160, 0), (200, 0, 0)) if self.t[i] <= SHOW_STEPS else ((170, 215, 170), (235, 175, 175))
+        good, bad = (170, 215, 170), (235, 175, 175)
+        if self.t[i] <= SHOW_STEPS:
+            good, bad = (0, 160, 0), (200, 0, 0)
         cells[0], cells[-1] = (good, bad) if self.good_end[i] < 0 else (bad, good)
         cells[self.cell[i] + END] = (40, 80, 220)
-        frame = np.broadcast_to(cells[None, :, None], (size, 2 * END + 1, size, 3)).reshape(size, -1, 3).copy()
+        frame = cells[None].repeat(size, 0).repeat(size, 1)
         frame[:, ::size] = frame[[0, -1]] = 255
         return frame
 

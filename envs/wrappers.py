@@ -1,10 +1,11 @@
-"""Wrappers that every script applies to its environments."""
+"""Wrappers around tasks: fixed reset options; previous action and reward as observations."""
 import gymnasium as gym
 import numpy as np
+from gymnasium.vector.utils import batch_space
 
 
 class ResetOptions(gym.Wrapper):
-    """Gives the same options to every reset: a vector environment's own autoresets pass none."""
+    """Gives the same options to every reset. (A vector environment's own autoresets pass none.)"""
 
     def __init__(self, env, options):
         super().__init__(env)
@@ -17,7 +18,8 @@ class ResetOptions(gym.Wrapper):
 class PreviousActionReward(gym.vector.VectorWrapper):
     """The observation becomes Tuple(observation[, previous action][, previous reward]).
 
-    At the first step of an episode there is no action (integers: one below the space's start; Box: 0) and no reward (0).
+    At the first step of an episode there is no previous action: integers then read one below the
+    space's start, a Box reads 0. There is no previous reward either: it reads 0.
     """
 
     def __init__(self, envs, action, reward):
@@ -32,13 +34,22 @@ class PreviousActionReward(gym.vector.VectorWrapper):
         if reward:
             parts.append(gym.spaces.Box(-np.inf, np.inf, (), np.float32))
         self.action, self.reward = action, reward
-        self.no_action = np.zeros(space.shape, space.dtype) if isinstance(space, gym.spaces.Box) else space.start - 1
-        self.last_actions, self.last_rewards = np.stack([self.no_action] * self.num_envs), np.zeros(self.num_envs)
+        if isinstance(space, gym.spaces.Box):
+            self.no_action = np.zeros(space.shape, space.dtype)
+        else:
+            self.no_action = space.start - 1
+        self.last_actions = np.stack([self.no_action] * self.num_envs)
+        self.last_rewards = np.zeros(self.num_envs)
         self.single_observation_space = gym.spaces.Tuple(parts)
-        self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, self.num_envs)
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
 
     def join(self, obs, action, reward):
-        return (obs,) + (np.copy(action),) * self.action + (np.float32(reward),) * self.reward
+        parts = [obs]
+        if self.action:
+            parts.append(np.copy(action))
+        if self.reward:
+            parts.append(np.float32(reward))
+        return tuple(parts)
 
     def reset(self, *, seed=None, options=None):
         begin = (options or {}).get("reset_mask", np.ones(self.num_envs, bool))
@@ -49,7 +60,9 @@ class PreviousActionReward(gym.vector.VectorWrapper):
     def step(self, actions):
         obs, rewards, terminated, truncated, infos = self.env.step(actions)
         self.last_actions, self.last_rewards = np.array(actions), np.array(rewards)
-        for i in np.flatnonzero(infos.get("_final_obs", [])):      # autoreset: obs[i] is already the next episode's first
-            infos["final_obs"][i] = self.join(infos["final_obs"][i], self.last_actions[i].copy(), self.last_rewards[i])
+        for i in np.flatnonzero(infos.get("_final_obs", [])):               # obs[i] opens an episode
+            final_obs = infos["final_obs"][i]
+            infos["final_obs"][i] = self.join(final_obs, self.last_actions[i], self.last_rewards[i])
             self.last_actions[i], self.last_rewards[i] = self.no_action, 0
-        return self.join(obs, self.last_actions, self.last_rewards), rewards, terminated, truncated, infos
+        obs = self.join(obs, self.last_actions, self.last_rewards)
+        return obs, rewards, terminated, truncated, infos

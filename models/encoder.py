@@ -1,7 +1,8 @@
 """Observations of any supported space -> one feature vector a step.
 
-A space is a tree (Dict, Tuple) of leaves (Box, Discrete, MultiDiscrete, MultiBinary). Scripts hold an observation as the
-flat tuple of its leaves' tensors, like a memory's state: tuple(o[index] for o in obs) indexes every kind of observation.
+A space is a tree (Dict, Tuple) of leaves (Box, Discrete, MultiDiscrete, MultiBinary). Scripts hold
+an observation as the flat tuple of its leaves' tensors, like a memory's state: tuple(o[index] for o
+in obs) indexes every kind.
 """
 import math
 
@@ -10,45 +11,56 @@ import numpy as np
 import torch
 import torch.nn as nn
 
+from models.images import Image
+from models.layers import init
 from models.running_stats import RunningMeanStd
 
 
 def leaves(space, obs=None):
-    """The leaf spaces of `space`, or, given an observation (single or batched), its leaves in the same order."""
-    if isinstance(space, (gym.spaces.Dict, gym.spaces.Tuple)):
-        keys = space.spaces.keys() if isinstance(space, gym.spaces.Dict) else range(len(space.spaces))
-        return [leaf for k in keys for leaf in leaves(space.spaces[k], None if obs is None else obs[k])]
-    return [space if obs is None else obs]
+    """The leaf spaces of `space`, or the leaves of an observation (single or batched), in the same order."""
+    if isinstance(space, gym.spaces.Dict):
+        keys = space.spaces.keys()
+    elif isinstance(space, gym.spaces.Tuple):
+        keys = range(len(space.spaces))
+    else:
+        return [space if obs is None else obs]
+    found = []
+    for key in keys:
+        found += leaves(space.spaces[key], None if obs is None else obs[key])
+    return found
 
 
 def to_tensors(space, obs, device):
-    """A (batched) observation as a flat tuple of tensors, one a leaf. Floats become float32, uint8 stays uint8."""
+    """A (batched) observation as a flat tuple of tensors, one a leaf. float64 becomes float32."""
     tensors = (torch.as_tensor(np.asarray(o, order="C"), device=device) for o in leaves(space, obs))
     return tuple(o.float() if o.dtype == torch.float64 else o for o in tensors)
 
 
 class OneHot(nn.Module):
-    """Integers [..., K], each with its own alphabet (Discrete: K = 1) -> concatenated one-hots [..., sum of alphabets].
+    """Integers [..., K] -> one-hots side by side [..., sum of their alphabets].   Discrete: K = 1
 
-    With a linear layer behind it this is an embedding. The ones are scaled to a mean square of 1 over the features: plain
-    ones are whispers to a layer initialised for unit inputs (MinigridMemory: the same lesson takes three times as long).
+    With a linear layer behind it this is an embedding. The ones are scaled to a mean square of 1
+    over the features. Plain ones are too weak for a layer that is initialised for unit inputs:
+    MinigridMemory then takes three times as long to learn.
     """
 
     def __init__(self, space):
         super().__init__()
-        sizes = np.atleast_1d(space.n if isinstance(space, gym.spaces.Discrete) else space.nvec).flatten()
+        sizes = space.n if isinstance(space, gym.spaces.Discrete) else space.nvec
+        sizes = np.atleast_1d(sizes).flatten()
         offset = np.cumsum(sizes) - sizes - np.asarray(space.start).flatten()
         self.ndim, self.out_size = len(space.shape), int(sizes.sum())
         self.one = (self.out_size / len(sizes)) ** 0.5
         self.register_buffer("offset", torch.as_tensor(offset, dtype=torch.long), persistent=False)
 
     def forward(self, x):
-        index = x.reshape(*x.shape[: x.dim() - self.ndim], -1).long() + self.offset        # [..., K]
-        return torch.zeros(*index.shape[:-1], self.out_size, device=x.device).scatter_(-1, index, self.one)
+        index = x.reshape(*x.shape[: x.dim() - self.ndim], -1).long() + self.offset         # [..., K]
+        zeros = torch.zeros(*index.shape[:-1], self.out_size, device=x.device)
+        return zeros.scatter_(-1, index, self.one)
 
 
 class Vector(nn.Module):
-    """Numbers [..., *shape] -> floats [..., prod(shape)], normalised by running statistics if asked to."""
+    """Numbers [..., *shape] -> floats [..., prod(shape)].   normalize: by running statistics"""
 
     def __init__(self, space, normalize=False):
         super().__init__()
@@ -67,56 +79,12 @@ class Vector(nn.Module):
             self.stats.update(self.flat(x))
 
 
-class Image(nn.Module):
-    """Images [..., H, W, C] or [..., C, H, W] -> features. Integers are scaled to [0, 1] by the space's upper bound.
-
-    From 36 pixels on: the three layers of Mnih et al. 2015 (Nature). Below: three 3x3 layers.
-    """
-
-    def __init__(self, space):
-        super().__init__()
-        h, w, c = space.shape
-        self.channels_last = h == w or (w != c and c < h)
-        if not self.channels_last:
-            c, h, w = space.shape
-        integer = np.issubdtype(space.dtype, np.integer)
-        self.scale = 1.0 / float(space.high.max()) if integer else 1.0
-        sizes = [(32, 8, 4, 0), (64, 4, 2, 0), (64, 3, 1, 0)] if min(h, w) >= 36 else [
-            (16, 3, 1, 1), (32, 3, 2, 1), (64, 3, 2, 1)]                # out channels, kernel, stride, padding
-        layers = []
-        for out, kernel, stride, padding in sizes:
-            layers += [init(nn.Conv2d(c, out, kernel, stride, padding), 2**0.5), nn.ReLU()]
-            c = out
-        self.cnn = nn.Sequential(*layers, nn.Flatten())
-        with torch.no_grad():
-            self.out_size = self.cnn(torch.zeros(1, layers[0].in_channels, h, w)).shape[1]
-
-    def forward(self, x):
-        batch = x.shape[:-3]
-        x = x.flatten(0, -4)                                            # [M, *space.shape]
-        x, where = distinct(x) if x.device.type == "cpu" else (x, None)
-        x = x.permute(0, 3, 1, 2) if self.channels_last else x          # [M, C, H, W]
-        y = self.cnn(x * self.scale)
-        return (y if where is None else y[where]).view(*batch, -1)
-
-
-def distinct(x):
-    """The different images among x [M, ...] and where each of the M is found:  images[where] = x.
-
-    PERF: grid worlds show the same few views over and over. Encoding each once is the same function and the same gradient
-    for a fraction of the convolutions; where no image repeats, looking (6 ms for 512 images) is lost beside convolving them.
-    """
-    rows = x.flatten(1)
-    rows = rows.view(torch.int64) if rows.dtype == torch.uint8 and rows.shape[1] % 8 == 0 else rows
-    _, where = rows.unique(dim=0, return_inverse=True)                  # [M]
-    first = torch.empty(int(where.max()) + 1, dtype=torch.long)
-    first[where] = torch.arange(len(x))
-    return x[first], where
-
-
 class Encoder(nn.Module):
-    """Flat tuple of leaves, each [..., *leaf.shape] -> [..., out_size]: every leaf's features side by side, then, with
-    size > 0, one linear layer with ReLU.   Raises ValueError for a space it cannot encode."""
+    """Flat tuple of leaves, each [..., *leaf.shape] -> [..., out_size].
+
+    The leaves' features side by side; with size > 0 then one linear layer with ReLU.
+    Raises ValueError for a space that it cannot encode.
+    """
 
     def __init__(self, space, size=0, normalize=False):
         super().__init__()
@@ -137,8 +105,8 @@ class Encoder(nn.Module):
             return Vector(space, normalize)
         if isinstance(space, gym.spaces.MultiBinary):
             return Vector(space)
-        raise ValueError(f"observation space {space} is not supported: it can be a Box, Discrete, MultiDiscrete or "
-                         "MultiBinary, or a Dict or Tuple of these")
+        raise ValueError(f"observation space {space} is not supported: it can be a Box, Discrete, "
+                         "MultiDiscrete or MultiBinary, or a Dict or Tuple of these")
 
     def forward(self, obs):
         features = [leaf(o) for leaf, o in zip(self.leaves, obs)]
@@ -149,10 +117,3 @@ class Encoder(nn.Module):
         for leaf, o in zip(self.leaves, obs):
             if isinstance(leaf, Vector):
                 leaf.update(o)
-
-
-def init(layer, gain):
-    """Orthogonal weights of this gain, zero biases."""
-    nn.init.orthogonal_(layer.weight, gain)
-    nn.init.zeros_(layer.bias)
-    return layer

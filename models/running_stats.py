@@ -1,10 +1,13 @@
-"""Running mean and variance, kept with the weights, so that they travel with the model."""
+"""Running mean and variance. They are buffers, so they are saved with the weights."""
 import torch
 import torch.nn as nn
 
 
 class RunningMeanStd(nn.Module):
-    """Mean and variance of everything seen so far (Chan, Golub and LeVeque's parallel update). Starts as mean 0, var 1."""
+    """Mean and variance of everything seen so far. They begin as mean 0, variance 1.
+
+    New observations are added by the parallel update of Chan, Golub and LeVeque.
+    """
 
     def __init__(self, *shape):
         super().__init__()
@@ -15,11 +18,13 @@ class RunningMeanStd(nn.Module):
     def update(self, x):                                    # x [..., *shape]
         x = x.reshape(-1, *self.mean.shape).double()
         n, delta = len(x), x.mean(0) - self.mean
-        m2 = self.var * self.count + x.var(0, unbiased=False) * n + delta**2 * self.count * n / (self.count + n)
+        within = self.var * self.count + x.var(0, unbiased=False) * n       # sums of squared deviations
+        between = delta**2 * self.count * n / (self.count + n)
         self.count += n
         self.mean += delta * n / self.count
-        self.var.copy_(m2 / self.count)
+        self.var.copy_((within + between) / self.count)
 
     def normalize(self, x):
         """(x - mean) / std, clipped to +-10."""
-        return ((x - self.mean.to(x.dtype)) / (self.var.to(x.dtype) + 1e-8).sqrt()).clamp(-10, 10)
+        std = (self.var.to(x.dtype) + 1e-8).sqrt()
+        return ((x - self.mean.to(x.dtype)) / std).clamp(-10, 10)

@@ -1,4 +1,7 @@
-"""The laws every memory obeys (DESIGN.md, section 2), over the registry: a new memory is tested by being registered."""
+"""The laws that every memory in the registry obeys: a new memory is tested once it is registered.
+
+The interface is described in models/memory.py.
+"""
 import pytest
 import torch
 
@@ -16,7 +19,7 @@ def make(name, layers, dtype=torch.float64, p_start=0.25):
     torch.manual_seed(0)
     memory = MEMORIES[name](F, H, layers).to(dtype)
     x, start = torch.randn(T, B, F, dtype=dtype), torch.rand(T, B) < p_start
-    state = tuple(torch.randn_like(s) for s in memory.initial_state(B))         # a carried, non-zero state
+    state = tuple(torch.randn_like(s) for s in memory.initial_state(B))     # a carried, non-zero state
     return memory, x, state, start
 
 
@@ -28,6 +31,7 @@ def stepwise(memory, x, state, start):
     return torch.cat(ys), state
 
 
+@pytest.mark.quick
 @dtypes
 def test_law_1_acting_equals_training(name, layers, dtype):
     memory, x, state, start = make(name, layers, dtype)
@@ -49,6 +53,7 @@ def test_law_2_a_call_may_be_split_anywhere(name, layers, dtype, cut):
     torch.testing.assert_close(end, final)
 
 
+@pytest.mark.quick
 @dtypes
 def test_law_3_a_reset_forgets_values_and_gradients(name, layers, dtype):
     memory, x, state, start = make(name, layers, dtype, p_start=0.0)
@@ -56,13 +61,15 @@ def test_law_3_a_reset_forgets_values_and_gradients(name, layers, dtype):
     start[k] = True
     x.requires_grad_()
     y, final = memory(x, state, start)
-    fresh, fresh_final = memory(x[k:], memory.initial_state(B), torch.zeros(T - k, B, dtype=torch.bool))
-    torch.testing.assert_close(y[k:], fresh)                                    # as if the episode stood alone
+    no_start = torch.zeros(T - k, B, dtype=torch.bool)
+    fresh, fresh_final = memory(x[k:], memory.initial_state(B), no_start)
+    torch.testing.assert_close(y[k:], fresh)                # as if the episode stood alone
     torch.testing.assert_close(final, fresh_final)
     (grad,) = torch.autograd.grad(y[k:].sum(), x)
     assert grad[:k].abs().max() == 0 and grad[k:].abs().max() > 0
 
 
+@pytest.mark.quick
 def test_law_4_start_overrides_the_carried_state(name, layers):
     memory, x, state, start = make(name, layers)
     start[0] = True
@@ -71,6 +78,7 @@ def test_law_4_start_overrides_the_carried_state(name, layers):
     torch.testing.assert_close((y_other, final_other), (y, final), rtol=0, atol=0)
 
 
+@pytest.mark.quick
 def test_law_5_rows_are_independent_and_states_batch_first(name, layers):
     memory, x, state, start = make(name, layers)
     y, final = memory(x, state, start)
@@ -80,7 +88,7 @@ def test_law_5_rows_are_independent_and_states_batch_first(name, layers):
     torch.testing.assert_close(final_rows, tuple(s[rows] for s in final))
 
 
-@pytest.mark.parametrize("length", [1, 2, 7, 32, 67])                           # a scan's chunk: 16 steps, a matrix's: 32
+@pytest.mark.parametrize("length", [1, 2, 7, 32, 67])       # chunks: a scan's has 16 steps, a matrix's 32
 def test_law_6_one_call_equals_the_loop_in_values_and_gradients(name, layers, length):
     memory, _, state, _ = make(name, layers)
     x, start = torch.randn(length, B, F, dtype=torch.float64), torch.rand(length, B) < 0.2
@@ -95,7 +103,7 @@ def test_law_6_one_call_equals_the_loop_in_values_and_gradients(name, layers, le
 
 
 def test_law_7_it_can_remember(name, layers):
-    """A cue of 4 at the first step of an episode, 7 steps of noise, then the question. Two episodes in a row."""
+    """One of 4 cues at the first step, 7 steps of noise, then the question. Two episodes in a row."""
     torch.manual_seed(1)
     hidden = 32
     memory, readout = MEMORIES[name](6, hidden, layers), torch.nn.Linear(hidden, 4)
@@ -118,7 +126,7 @@ def test_law_7_it_can_remember(name, layers):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if loss < 0.05:                                                         # every batch is new: this is no overfitting
+        if loss < 0.05:                                     # every batch is new: this is no overfitting
             break
     with torch.no_grad():
         logits, cue = batch(500)
@@ -130,5 +138,5 @@ def test_the_state_is_a_flat_tuple_and_none_is_refused(name, layers):
     memory, x, state, start = make(name, layers)
     assert isinstance(state, tuple) and all(s.shape[0] == B for s in state)
     if state:
-        with pytest.raises((TypeError, AttributeError)):                        # torch's own layers would take zeros
+        with pytest.raises((TypeError, AttributeError)):    # torch's own layers would take zeros
             memory(x, None, start)

@@ -1,13 +1,15 @@
-"""Memories with a linear recurrence of one number a channel: h_t = a_t h_{t-1} + b_t, all found by models/scan.py.
+"""Memories with a linear recurrence of one number a channel: h_t = a_t h_{t-1} + b_t.
 
-Each is one layer, size -> size, behind the interface of models/memory.py; Stack makes a network of them. They share
+Each is one layer, size -> size, behind the interface of models/memory.py; Stack there makes a
+network of them. The recurrence is computed by models/scan.py. They share
 
-    element    (a, b)                                     what one step does to the state: h -> a h + b
-    operator   (a, b) . (a', b') = (a a', a' b + b')      first the left one, then the right one
+    element    (a, b)                                   what a step does to the state: h -> a h + b
+    operator   (a, b) . (a', b') = (a a', a' b + b')    first the left one, then the right one
     identity   (1, 0)
     reset      a_t = 0 where an episode starts
 
-and differ in the lift, x_t -> (a_t, b_t), and in the readout, (h_t, x_t) -> y_t; each docstring gives both. * is elementwise.
+and differ in the lift, x_t -> (a_t, b_t), and in the readout, (h_t, x_t) -> y_t. Each docstring
+gives both. * is elementwise.
 """
 import math
 
@@ -15,9 +17,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from models.layers import SPAN, chrono
 from models.scan import linear_scan
-
-SPAN = 32  # a new gated layer, linear or not, has units that remember for 1 to `span` steps, by default so many
 
 
 class LinearRecurrence(nn.Module):
@@ -29,27 +30,30 @@ class LinearRecurrence(nn.Module):
 
     def initial_state(self, batch_size):
         p = next(self.parameters())
-        return (p.new_zeros(batch_size, *self.state_shape, dtype=p.dtype.to_complex() if self.complex else p.dtype),)
+        dtype = p.dtype.to_complex() if self.complex else p.dtype
+        return (p.new_zeros(batch_size, *self.state_shape, dtype=dtype),)
 
     def forward(self, x, state, start):
-        a, b = self.lift(x)                                             # [T, B, *state_shape], a perhaps without T and B
+        a, b = self.lift(x)                                 # [T, B, *state_shape]; a may lack T and B
         start = start.view(start.shape + (1,) * len(self.state_shape))
         h = linear_scan(a.expand_as(b).masked_fill(start, 0), b, *state)
         return self.readout(h, x), (h[-1],)
 
 
 class MinGRU(LinearRecurrence):
-    """minGRU (Feng et al. 2024, https://arxiv.org/abs/2410.01201, section 3.1): a GRU whose gate sees the input only.
+    """minGRU (Feng et al. 2024, https://arxiv.org/abs/2410.01201, section 3.1).
 
+    A GRU whose gate sees the input only:
     h_t = (1 - z_t) h_{t-1} + z_t c_t      z = sigmoid(W_z x), c = W_c x
     lift a = 1 - z, b = z c      readout y = h
-    PITFALL: the paper's log-space scan (its appendix B) cannot take this reset: log 0 = -inf, then -inf - -inf = NaN.
+    PITFALL: the paper's log-space scan (its appendix B) cannot take this reset: log 0 = -inf, and
+      -inf - -inf = NaN.
     """
 
     def __init__(self, size, span=SPAN):
         super().__init__(size, (size,))
         self.maps = nn.Linear(size, 2 * size)
-        self.maps.bias.data[:size] = -torch.empty(size).uniform_(1, span).log()     # chrono: 1 / z from 2 to span + 1
+        self.maps.bias.data[:size] = -chrono(size, span)    # 1 / z from 2 to span + 1
 
     def lift(self, x):
         z, c = self.maps(x).chunk(2, dim=-1)
@@ -63,14 +67,15 @@ class MinGRU(LinearRecurrence):
 class MinLSTM(LinearRecurrence):
     """minLSTM (Feng et al. 2024, section 3.2): forget and input gate, normalised to f + i = 1.
 
-    h_t = f_t h_{t-1} + i_t c_t      f' = sigmoid(W_f x), i' = sigmoid(W_i x), f = f' / (f' + i'), i = i' / (f' + i'), c = W_c x
+    h_t = f_t h_{t-1} + i_t c_t      f = f' / (f' + i'), i = i' / (f' + i')
+                                     f' = sigmoid(W_f x), i' = sigmoid(W_i x), c = W_c x
     lift a = f, b = i c      readout y = h
     """
 
     def __init__(self, size, span=SPAN):
         super().__init__(size, (size,))
         self.maps = nn.Linear(size, 3 * size)
-        self.maps.bias.data[size : 2 * size] = -torch.empty(size).uniform_(1, span).log()
+        self.maps.bias.data[size : 2 * size] = -chrono(size, span)
 
     def lift(self, x):
         f, i, c = self.maps(x).chunk(3, dim=-1)
@@ -82,12 +87,13 @@ class MinLSTM(LinearRecurrence):
 
 
 class LRU(LinearRecurrence):
-    """Linear recurrent unit (Orvieto et al. 2023, https://arxiv.org/abs/2303.06349): a constant complex diagonal.
+    """Linear recurrent unit (Orvieto et al. 2023, https://arxiv.org/abs/2303.06349).
 
-    h_t = lambda h_{t-1} + gamma B x_t      lambda = exp(-exp(nu) + i exp(theta)), gamma = sqrt(1 - |lambda|^2) when new
+    A constant complex number a channel:
+    h_t = lambda h_{t-1} + gamma B x_t      lambda = exp(-exp(nu) + i exp(theta))
     lift a = lambda, b = gamma B x      readout y = Re(C h) + D x
-    |lambda|^2 is uniform over the ring [0.9, 1], the phase over [0, 2 pi], so that channels remember for 10 steps and more.
-    state_size: channels of h, by default as many as of x.
+    When new, lambda is uniform over the ring 0.9 < |lambda| < 1, so channels remember for 10 steps
+    and more, and gamma = sqrt(1 - |lambda|^2). state_size: channels of h, by default as many as of x.
     """
 
     def __init__(self, size, state_size=None, r_min=0.9, r_max=0.999):
@@ -97,8 +103,8 @@ class LRU(LinearRecurrence):
         self.nu = nn.Parameter((-0.5 * modulus2.log()).log())
         self.theta = nn.Parameter(torch.empty(N).uniform_(0, 2 * math.pi).log())
         self.gamma_log = nn.Parameter(0.5 * (1 - modulus2).log())
-        self.B = nn.Linear(size, 2 * N, bias=False)                     # (real, imaginary) of each channel
-        self.C = nn.Linear(2 * N, size, bias=False)                     # (real, -imaginary)
+        self.B = nn.Linear(size, 2 * N, bias=False)         # (real, imaginary) of each channel
+        self.C = nn.Linear(2 * N, size, bias=False)         # (real, -imaginary)
         self.D = nn.Parameter(torch.randn(size))
         nn.init.normal_(self.B.weight, std=(2 * size) ** -0.5)
         nn.init.normal_(self.C.weight, std=N**-0.5)
@@ -113,22 +119,27 @@ class LRU(LinearRecurrence):
 
 
 class S5(LinearRecurrence):
-    """S5 (Smith et al. 2023, https://arxiv.org/abs/2208.04933): a continuous-time linear system, sampled.
+    """S5 (Smith et al. 2023, https://arxiv.org/abs/2208.04933).
 
-    dh/dt = L h + B x, with x held for a time step Delta:  h_t = exp(L Delta) h_{t-1} + (exp(L Delta) - 1) / L B x_t
-    lift a = exp(L Delta), b = (a - 1) / L B x, L and Delta one number a channel      readout y = 2 Re(C h) + D x
-    L, B and C begin as the normal part of HiPPO-LegS, diagonalised; of its conjugate pairs, `size` / 2 are kept.
+    A linear system in continuous time, dh/dt = L h + B x, with x held for a time step Delta:
+    h_t = exp(L Delta) h_{t-1} + (exp(L Delta) - 1) / L B x_t
+    lift a = exp(L Delta), b = (a - 1) / L B x, L and Delta one number a channel
+    readout y = 2 Re(C h) + D x
+    L, B and C begin as the normal part of HiPPO-LegS, diagonalised. Its eigenvalues are conjugate
+    pairs; one of each pair is kept, `size` / 2 in all.
     """
 
     def __init__(self, size, dt_min=0.001, dt_max=0.1):
         super().__init__(size, (size // 2,), torch.complex64)
-        n = torch.arange(size, dtype=torch.float64)
-        p = (n + 0.5).sqrt()
-        skew = torch.tril(-2 * torch.outer(p, p), -1) / 2               # HiPPO-LegS + p p^T = -1/2 + (skew - skew^T)
-        eigenvalues, V = torch.linalg.eigh(-1j * (skew - skew.T))       # ascending
-        imaginary, V = eigenvalues[size - size // 2 :].to(torch.get_default_dtype()), V[:, size - size // 2 :]
+        # Why HiPPO-LegS: its state is the past input in Legendre polynomials, so a new S5 remembers.
+        # Its normal part, HiPPO-LegS + p p^T = -1/2 + (skew - skew^T), has orthogonal eigenvectors.
+        p = (torch.arange(size, dtype=torch.float64) + 0.5).sqrt()
+        skew = torch.tril(-2 * torch.outer(p, p), -1) / 2
+        eigenvalues, V = torch.linalg.eigh(-1j * (skew - skew.T))           # ascending
+        kept = slice(size - size // 2, None)                # the positive half
+        V = V[:, kept]
         self.log_real = nn.Parameter(torch.full((size // 2,), math.log(0.5)))
-        self.imaginary = nn.Parameter(imaginary)
+        self.imaginary = nn.Parameter(eigenvalues[kept].to(torch.get_default_dtype()))
         self.log_dt = nn.Parameter(torch.empty(size // 2).uniform_(math.log(dt_min), math.log(dt_max)))
         self.B = nn.Linear(size, size, bias=False)
         self.C = nn.Linear(size, size, bias=False)
@@ -142,16 +153,18 @@ class S5(LinearRecurrence):
     def lift(self, x):
         rate = torch.complex(-self.log_real.exp(), self.imaginary)
         a = (rate * self.log_dt.exp()).exp()
-        return a, torch.view_as_complex(self.B(x).unflatten(-1, (-1, 2))) * ((a - 1) / rate)
+        Bx = torch.view_as_complex(self.B(x).unflatten(-1, (-1, 2)))
+        return a, Bx * ((a - 1) / rate)
 
     def readout(self, h, x):
         return self.C(torch.view_as_real(h).flatten(-2)) + self.D * x
 
 
 class S6(LinearRecurrence):
-    """Selective state space, the recurrence of Mamba (Gu and Dao 2023, https://arxiv.org/abs/2312.00752), no convolution.
+    """Selective state space, as in Mamba (Gu and Dao 2023, https://arxiv.org/abs/2312.00752).
 
-    Each of the D channels keeps N numbers:  h_t = exp(Delta_t A) h_{t-1} + Delta_t B_t x_t      [D, N]
+    Each of the D channels keeps N numbers, without Mamba's convolution:
+    h_t = exp(Delta_t A) h_{t-1} + Delta_t B_t x_t      [D, N]
     lift a = exp(Delta A), b = Delta B x, with Delta [D] = softplus(W_Delta x), B [N] = W_B x
     readout y = h C + D x, C [N] = W_C x
     """
@@ -160,13 +173,15 @@ class S6(LinearRecurrence):
         super().__init__(size, (size, state_size))
         self.A_log = nn.Parameter(torch.arange(1.0, state_size + 1).log().repeat(size, 1))
         self.D = nn.Parameter(torch.ones(size))
-        self.dt, self.B, self.C = nn.Linear(size, size), nn.Linear(size, state_size), nn.Linear(size, state_size)
+        self.dt = nn.Linear(size, size)
+        self.B = nn.Linear(size, state_size)
+        self.C = nn.Linear(size, state_size)
         dt = torch.empty(size).uniform_(math.log(dt_min), math.log(dt_max)).exp()
         self.dt.weight.data *= 0.1
-        self.dt.bias.data = dt + (-torch.expm1(-dt)).log()              # softplus(bias) = dt
+        self.dt.bias.data = dt + (-torch.expm1(-dt)).log()  # softplus(bias) = dt
 
     def lift(self, x):
-        dt = F.softplus(self.dt(x))[..., None]                          # [T, B, D, 1]
+        dt = F.softplus(self.dt(x))[..., None]              # [T, B, D, 1]
         return torch.exp(-dt * self.A_log.exp()), dt * x[..., None] * self.B(x)[..., None, :]
 
     def readout(self, h, x):
@@ -178,9 +193,10 @@ class FFM(LinearRecurrence):
 
     Each of m traces is kept in c contexts, which decay alike but turn at different speeds:
     S_t = gamma S_{t-1} + u_t 1^T      [m, c]
-    lift a = gamma = exp(-|alpha| + i omega), b = u = sigmoid(W_g x) * W_u x, the same for all contexts
+    lift a = gamma = exp(-|alpha| + i omega), b = u = sigmoid(W_g x) * W_u x for all contexts
     readout y = LN(z) * sigmoid(W_o x) + (1 - sigmoid(W_o x)) * W_s x, z = W_z [Re S; Im S]
-    alpha begins evenly in [1e-6, 0.5], the periods 2 pi / omega in [1, 1000]. (memory-monoids has LN(z * sigmoid(W_o x)).)
+    alpha begins evenly in [1e-6, 0.5], the periods 2 pi / omega evenly in [1, 1000].
+    (memory-monoids computes LN(z * sigmoid(W_o x)).)
     """
 
     def __init__(self, size, contexts=4):
@@ -196,7 +212,8 @@ class FFM(LinearRecurrence):
     def lift(self, x):
         gate, u = self.inputs(x).chunk(2, dim=-1)
         u = (gate.sigmoid() * u)[..., None].expand(*x.shape[:-1], *self.state_shape)
-        a = torch.exp(torch.complex(-self.alpha.abs()[:, None].expand(self.state_shape), self.omega.expand(self.state_shape)))
+        decay = -self.alpha.abs()[:, None].expand(self.state_shape)
+        a = torch.exp(torch.complex(decay, self.omega.expand(self.state_shape)))
         return a, u.to(a.dtype)
 
     def readout(self, h, x):
