@@ -2,9 +2,12 @@
 
     python benchmark/discounted_return.py                       checks it, times it, writes a table and a plot
 
-Four ways to the same numbers: a Python loop over numbers, a loop over time of vector operations, the general associative scan
-with resets, and the chunked linear scan. The monoid is (gamma, r) . (gamma', r') = (gamma gamma', r' + gamma' r), read from the
-end of the tape to its beginning; a reset makes an episode's last step forget what comes after it.
+Four ways to the same numbers: a Python loop over numbers, a loop over time of vector operations, the general
+associative scan with resets, and the chunked linear scan. The monoid is
+
+    (gamma, r) . (gamma', r') = (gamma gamma', r' + gamma' r),
+
+read from the end of the tape to its beginning. A reset makes an episode's last step forget what comes after.
 """
 import csv
 import statistics
@@ -47,8 +50,9 @@ def numbers(rewards, ends):
 def vectors(rewards, ends):
     """Step by step, all columns at once."""
     total, out = torch.zeros_like(rewards[0]), []
-    for reward, keep in zip(rewards.flip(0).unbind(), (GAMMA * (~ends).to(rewards)).flip(0).unbind()):
-        total = reward + keep * total
+    discounts = GAMMA * (~ends).to(rewards)
+    for reward, discount in zip(rewards.flip(0).unbind(), discounts.flip(0).unbind()):
+        total = reward + discount * total
         out.append(total)
     return torch.stack(out[::-1])
 
@@ -65,10 +69,13 @@ def monoid(rewards, ends):
 
 def chunks(rewards, ends):
     """The linear scan: a reset is a zero."""
-    return linear_scan((GAMMA * (~ends).to(rewards)).flip(0), rewards.flip(0), torch.zeros_like(rewards[0])).flip(0)
+    discounts = GAMMA * (~ends).to(rewards)
+    nothing = torch.zeros_like(rewards[0])
+    return linear_scan(discounts.flip(0), rewards.flip(0), nothing).flip(0)
 
 
-WAYS = {"loop of numbers": numbers, "loop of vectors": vectors, "associative scan": monoid, "linear scan": chunks}
+WAYS = {
+    "loop of numbers": numbers, "loop of vectors": vectors, "associative scan": monoid, "linear scan": chunks}
 
 
 def check():
@@ -78,7 +85,8 @@ def check():
         rewards, ends = torch.randn(T, 3, dtype=torch.float64), torch.rand(T, 3) < p_end
         for name, way in WAYS.items():
             if not torch.allclose(way(rewards, ends), numbers(rewards, ends), rtol=1e-9, atol=1e-9):
-                sys.exit(f"{name} differs from the loop of numbers at T = {T}, {p_end} of the steps ending an episode")
+                sys.exit(f"{name} differs from the loop of numbers at T = {T}, "
+                         f"{p_end} of the steps ending an episode")
 
 
 def measure(args):
@@ -86,7 +94,8 @@ def measure(args):
     rows, slow = [], set()
     for T in args.lengths:
         torch.manual_seed(0)
-        rewards, ends, row = torch.randn(T, args.columns), torch.rand(T, args.columns) < 0.01, {"length": T}
+        rewards, ends = torch.randn(T, args.columns), torch.rand(T, args.columns) < 0.01
+        seconds = {}
         for name, way in WAYS.items():
             times = []
             for _ in range(args.repeats + 1):
@@ -94,25 +103,25 @@ def measure(args):
                     begin = time.perf_counter()
                     way(rewards, ends)
                     times.append(time.perf_counter() - begin)
-                    slow |= {name} if times[-1] > args.max_seconds else set()
-            row[name] = statistics.median(times[1:] or times) if times else None
-        rows.append(row)
-        print("  ".join(f"{k} {v:,}" if k == "length" else f"{k} {1000 * v:.2f} ms" if v else f"{k} -" for k, v in row.items()),
-              flush=True)
+                    if times[-1] > args.max_seconds:
+                        slow.add(name)
+            seconds[name] = statistics.median(times[1:] or times) if times else None
+        rows.append({"length": T} | seconds)
+        said = (f"{name} {1000 * s:.2f} ms" if s else f"{name} -" for name, s in seconds.items())
+        print(f"length {T:,}  {'  '.join(said)}", flush=True)
     return rows
 
 
 def write(rows, out):
-    import matplotlib
-
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    plt.switch_backend("Agg")
     out.mkdir(parents=True, exist_ok=True)
     with (out / "discounted_return.csv").open("w", newline="") as f:
         writer = csv.writer(f)
         writer.writerow(rows[0])
-        writer.writerows([f"{v:.3g}" if isinstance(v, float) else v for v in row.values()] for row in rows)
+        for row in rows:
+            writer.writerow(f"{v:.3g}" if isinstance(v, float) else v for v in row.values())
     figure, axis = plt.subplots(figsize=(5, 3.2), layout="constrained")
     for name in WAYS:
         done = [row for row in rows if row[name]]

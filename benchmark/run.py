@@ -1,13 +1,18 @@
-"""Run entries of tasks.toml over their seeds, several at a time, on this machine or on a Ray cluster.
+"""Run entries of benchmark/tasks/ over their seeds, several at a time, on this machine or on a Ray cluster.
 
-    python benchmark/run.py --suite smoke --workers 2                  every script on a small task, in minutes
-    python benchmark/run.py --only poc --seeds 1 2                     the entries whose name contains this
-    python benchmark/run.py --suite popgym --dry-run                   their exact commands
+    python benchmark/run.py --suite smoke --workers 2               every script on a small task, in minutes
+    python benchmark/run.py --only poc --seeds 1 2                  the entries whose name contains this
+    python benchmark/run.py --suite popgym --dry-run                prints their exact commands, runs nothing
     python benchmark/run.py --suite dqn --executor ray --workers 32    on a cluster (pip install ray)
-    python benchmark/plot.py                                           then makes the curves and tables
+    python benchmark/plot.py                                        then makes the curves and tables
 
-Runs go to <runs-dir>/<entry>__<seed>, what they print to <entry>__<seed>.log beside. Start the same command again, whatever
-happened: finished runs are skipped, interrupted ones resumed, failed ones named with their last lines and left until --retry.
+An entry has a command (without --seed) and the seeds that it is published with. It counts as solved where its
+measure reaches its level: the mean of the last 100 training episodes, or that of an evaluation. Its suite is
+the name of its file.
+
+A run goes to <runs-dir>/<entry>__<seed>, and what it prints to <entry>__<seed>.log beside. Start the same
+command again, whatever happened: runs that have finished are skipped, interrupted ones are resumed. Runs that
+failed are listed with the last lines that they printed; --retry runs them again.
 """
 import collections
 import csv
@@ -33,7 +38,10 @@ import tyro
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
-SHOWN = {"SPS": "charts/SPS", "return": "charts/episodic_return", "success": "charts/success", "eval": "eval/episodic_return"}
+TASKS = ROOT / "benchmark/tasks"
+SHOWN = {  # beside a run's bar
+    "SPS": "charts/SPS", "return": "charts/episodic_return", "success": "charts/success",
+    "eval": "eval/episodic_return"}
 LINE = "{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} {postfix}"
 
 
@@ -44,7 +52,7 @@ class Args:
     seeds: tuple[int, ...] = ()  # these instead of the entries' own
     workers: int = 2  # runs at a time
     runs_dir: str = "runs/benchmark"  # where the run folders go
-    tasks: str = str(Path(__file__).parent / "tasks.toml")  # the entries
+    tasks: str = str(TASKS)  # the entries: a folder of .toml files, or one file
     retry: bool = False  # also what failed before
     dry_run: bool = False  # print the commands, run nothing
     executor: Literal["local", "ray"] = "local"  # processes of this machine, or tasks of a Ray cluster
@@ -53,51 +61,81 @@ class Args:
     gpus_per_run: float = 0
 
 
-def entries(path=ROOT / "benchmark/tasks.toml"):
-    """The entries of a file by name. One with a `grid` becomes one a combination: its values, by their short names, join the
-    name and fill the {placeholders} of the command."""
-    out = {}
-    for name, entry in tomllib.loads(Path(path).read_text()).items():
-        axes = [values.items() for values in entry.get("grid", {}).values()]
-        for cell in itertools.product(*axes):
-            command, short = entry["command"], [key for key, _ in cell]
-            if cell:
-                command = command.format(**dict(zip(entry["grid"], (value for _, value in cell))))
-            out["__".join([name, *short])] = {**entry, "command": command, "group": name, "cell": short}
+def entries(path=TASKS):
+    """The entries of a folder's .toml files, or of one file, by name."""
+    path, out = Path(path), {}
+    for file in [path] if path.is_file() else sorted(path.glob("*.toml")):
+        for name, entry in tomllib.loads(file.read_text()).items():
+            out |= cells_of(name, {**entry, "suite": file.stem, "group": name})
     return out
 
 
+def cells_of(name, entry):
+    """An entry for each combination of its grid's values, whose names join its own; itself without a grid.
+
+    A value is the text for the {placeholder} of its axis in the command. A value that is a table has texts
+    for several placeholders; the one of its axis gets the value's name.
+    """
+    grid, out = entry.get("grid", {}), {}
+    for cell in itertools.product(*(values.items() for values in grid.values())):
+        texts = {}
+        for axis, (value_name, value) in zip(grid, cell):
+            texts |= {axis: value_name, **value} if isinstance(value, dict) else {axis: value}
+        names = [value_name for value_name, _ in cell]
+        command = fill(entry["command"], texts)
+        out["__".join([name, *names])] = {**entry, "command": command, "cell": names}
+    return out
+
+
+def fill(command, texts):
+    """Puts the texts into the command's {placeholders}, and into those of other texts. Returns one line."""
+    for _ in range(2):
+        for name, text in texts.items():
+            command = command.replace(f"{{{name}}}", text)
+    return shlex.join(shlex.split(command))
+
+
 class LocalRun:
-    """A process that trains into `folder`, or goes on there."""
+    """A process that trains into `folder`, or continues there."""
 
     def __init__(self, argv, folder, code=ROOT):
-        """Raises BlockingIOError while a process that an earlier, killed runner left behind still trains there."""
+        """Raises BlockingIOError while a process that a killed runner left behind still trains there."""
         folder.parent.mkdir(parents=True, exist_ok=True)
-        self.folder, self.log = folder, folder.with_name(f"{folder.name}.log").open("a+")
-        fcntl.flock(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)                    # the process inherits it with the file
+        self.folder = folder
+        self.log = folder.with_name(f"{folder.name}.log").open("a+")
+        fcntl.flock(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)    # the process inherits it with the file
         self.log.truncate(0)
         if folder.exists() and not (folder / "checkpoint.pt").exists():
             shutil.rmtree(folder)                           # killed before the first checkpoint
-        flags = ["--resume", folder] if folder.exists() else ["--runs-dir", folder.parent, "--run-name", folder.name]
-        self.process = subprocess.Popen(                    # not in our terminal's group: Ctrl-C comes from us, and once
-            [sys.executable, *argv[1:], *map(str, flags)], cwd=code, stdout=self.log, stderr=subprocess.STDOUT,
-            start_new_session=True, env=os.environ | {"TQDM_DISABLE": "1"})
+        if folder.exists():
+            flags = ["--resume", str(folder)]
+        else:
+            flags = ["--runs-dir", str(folder.parent), "--run-name", folder.name]
+        self.process = subprocess.Popen(
+            [sys.executable, *argv[1:], *flags], cwd=code, stdout=self.log, stderr=subprocess.STDOUT,
+            env=os.environ | {"TQDM_DISABLE": "1"},
+            start_new_session=True)                         # Ctrl-C comes from us, not from the terminal
 
     def outcome(self):
         """None while it runs, then "finished", "interrupted" or "failed"."""
         if self.process.poll() is None:
             return None
-        if not self.log.closed:
-            self.log.seek(0)
-            said = [line.split(" at step")[0] for line in self.log]
-            if self.process.returncode:
-                self.ended = "failed"
-            else:
-                self.ended = "finished" if "done" in said else "interrupted" if "interrupted" in said else "failed"
+        if not self.log.closed:                             # asked for the first time since it ended
+            self.ended = self.read_outcome()
             if self.ended == "finished":
                 (self.folder / "finished").touch()
             self.log.close()                                # only now may another runner have it
         return self.ended
+
+    def read_outcome(self):
+        """What its exit code and its last words say."""
+        self.log.seek(0)
+        lines = self.log.readlines()
+        if self.process.returncode == 0:
+            for words, outcome in (("done at step", "finished"), ("interrupted at step", "interrupted")):
+                if any(line.startswith(words) for line in lines):
+                    return outcome
+        return "failed"
 
     def interrupt(self):
         """As Ctrl-C: it saves and leaves."""
@@ -105,11 +143,12 @@ class LocalRun:
 
 
 class RayRun:
-    """The same somewhere in a Ray cluster, where folder and log travel to and from which they come back."""
+    """The same somewhere in a Ray cluster. Folder and log travel there, and come back from there."""
 
     def __init__(self, argv, folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        self.folder, self.reference = folder, self.train.remote(argv, folder.name, pack(folder.parent, folder.name))
+        self.folder = folder
+        self.reference = self.train.remote(argv, folder.name, pack(folder.parent, folder.name))
 
     @classmethod
     def connect(cls, args):
@@ -120,16 +159,18 @@ class RayRun:
         code = {"working_dir": str(ROOT), "excludes": [".git", ".venv", "runs", "wandb"]}
         print(f"Ray: {args.ray_address or 'the cluster of $RAY_ADDRESS, or this machine'}")
         try:
-            ray.init(address=args.ray_address, runtime_env=code, log_to_driver=False, logging_level="ERROR")
+            ray.init(
+                address=args.ray_address, runtime_env=code, log_to_driver=False, logging_level="ERROR")
         except ConnectionError as e:
             fail(f"--ray-address {args.ray_address}: {' '.join(str(e).split())}")
-        cls.ray, cls.train = ray, ray.remote(num_cpus=args.cpus_per_run, num_gpus=args.gpus_per_run)(cls.train_there)
+        cls.ray = ray
+        cls.train = ray.remote(num_cpus=args.cpus_per_run, num_gpus=args.gpus_per_run)(cls.train_there)
 
     @staticmethod
     def train_there(argv, name, files):
         with tempfile.TemporaryDirectory() as there:
             unpack(files, Path(there))
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})         # Ray blocks it, and children inherit that
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})     # children inherit Ray's mask
             run = LocalRun(argv, Path(there) / name, Path.cwd())
             while True:
                 try:
@@ -158,26 +199,119 @@ class RayRun:
 
 def pack(parent, name):
     """The run's folder and log, as far as they exist, in a tar file's bytes."""
+    def without_mark(info):
+        return None if info.name.endswith("/finished") else info
+
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for path in (parent / name, parent / f"{name}.log"):
             if path.exists():
-                tar.add(path, path.name, filter=lambda info: None if info.name.endswith("/finished") else info)
+                tar.add(path, path.name, filter=without_mark)
     return buffer.getvalue()
 
 
 def unpack(files, parent):
-    """Beside, then renamed: whenever this is interrupted, no run is half there."""
-    with tarfile.open(fileobj=io.BytesIO(files)) as tar, tempfile.TemporaryDirectory(dir=parent) as beside:
-        tar.extractall(beside, filter="data")
+    """Unpacks beside, then renames: whenever this is interrupted, no run is half there."""
+    with tempfile.TemporaryDirectory(dir=parent) as beside:
+        tarfile.open(fileobj=io.BytesIO(files)).extractall(beside, filter="data")
         for path in Path(beside).iterdir():
             if (parent / path.name).is_dir():
                 shutil.rmtree(parent / path.name)
             path.replace(parent / path.name)
 
 
-def progress(bar, folder):
-    """The run's line of the table: what its newest row says."""
+class Queue:
+    """Runs that wait, runs that run, at most `workers` at a time, and a count of how the others ended."""
+
+    def __init__(self, jobs, args):
+        """jobs: (argv, folder) of each run"""
+        self.start = RayRun if args.executor == "ray" else LocalRun
+        self.count, self.running = collections.Counter(), {}  # running: {folder: (run, slot, bar)}
+        self.waiting = collections.deque(job for job in jobs if self.is_wanted(job[1], args.retry))
+        self.slots = set(range(1, args.workers + 1))        # lines of the terminal that are free
+        self.width = max(len(folder.name) for _, folder in jobs)
+
+    def is_wanted(self, folder, retry):
+        """Whether this run is still to be made; says so if it failed before."""
+        failed = failure_of(folder)
+        if (folder / "finished").exists():
+            self.count["finished before"] += 1
+            return False
+        if failed.exists() and not retry:
+            self.count["failed"] += 1
+            print(f"{folder.name}: failed before, --retry runs it again: {failed.read_text()}")
+            return False
+        failed.unlink(missing_ok=True)
+        return True
+
+    def work(self):
+        """Until nothing waits and nothing runs. Ctrl-C lets the running ones save, and is raised again."""
+        self.bar = tqdm(total=len(self.waiting), desc="runs", unit="run", disable=None)
+        try:
+            while self.waiting or self.running:
+                self.start_waiting()
+                time.sleep(0.5)
+                self.look_at_running()
+        except KeyboardInterrupt:
+            tqdm.write("Ctrl-C: the runs save and leave; start the same command again to continue")
+            self.interrupt_running()
+            raise
+        finally:
+            self.bar.close()
+
+    def start_waiting(self):
+        """Starts runs while there is a free slot."""
+        for _ in range(len(self.waiting)):
+            if not self.slots:
+                return
+            argv, folder = self.waiting.popleft()
+            if (folder / "finished").exists():              # meanwhile, by another runner
+                self.count["finished before"] += 1
+                self.bar.update()
+                continue
+            try:
+                run = self.start(argv, folder)
+            except BlockingIOError:                         # wait for it, then see what is missing
+                self.waiting.append((argv, folder))
+                continue
+            slot = self.slots.pop()
+            name = folder.name.ljust(self.width)
+            bar = tqdm(desc=name, position=slot, leave=False, bar_format=LINE, disable=None)
+            self.running[folder] = run, slot, bar
+
+    def look_at_running(self):
+        """Shows how far they are, and frees the slots of those that have ended."""
+        for folder, (run, slot, bar) in list(self.running.items()):
+            outcome = run.outcome()
+            if outcome is None:
+                show_progress(bar, folder)
+                continue
+            bar.close()
+            del self.running[folder]
+            self.slots.add(slot)
+            self.count[outcome] += 1
+            said = ""
+            if outcome == "failed":
+                said = "\n" + last_lines(folder.with_name(f"{folder.name}.log"))
+                failure_of(folder).write_text(said)
+            tqdm.write(f"{folder.name}: {outcome}{said}")
+            self.bar.update()
+
+    def interrupt_running(self):
+        runs = [run for run, _, _ in self.running.values()]
+        for run in runs:
+            run.interrupt()
+        while any(run.outcome() is None for run in runs):
+            time.sleep(0.1)
+
+
+def failure_of(folder):
+    """The file that says how a run failed."""
+    return folder.with_name(f"{folder.name}.failed")
+
+
+def show_progress(bar, folder):
+    """The run's line of the terminal: what its newest row says."""
     try:
         bar.total = json.loads((folder / "args.json").read_text())["total_timesteps"]
         *_, row = csv.DictReader((folder / "progress.csv").open())
@@ -192,93 +326,62 @@ def last_lines(log):
 
 
 def fail(message):
+    """Bad input: one sentence, exit code 2."""
     print(f"run.py: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def chosen_entries(args):
+    """Those of --suite and --only."""
+    everything = entries(args.tasks)
+    suites = list(dict.fromkeys(entry["suite"] for entry in everything.values()))
+    if not everything:
+        fail(f"--tasks {args.tasks} holds no entries: neither a .toml file nor a folder of some")
+    if args.suite and args.suite not in suites:
+        fail(f"--suite {args.suite} is not in {args.tasks}: {', '.join(suites)}")
+    if not (args.suite or args.only or args.dry_run):
+        fail(f"say what to run, everything takes weeks: --suite {', '.join(suites)}, "
+             "or --only part of an entry's name")
+    chosen = {
+        name: entry for name, entry in everything.items()
+        if args.only in name and args.suite in ("", entry["suite"])}
+    if not chosen:
+        of_suite = f" of --suite {args.suite}" if args.suite else ""
+        fail(f"--only {args.only}: no entry{of_suite} has this in its name")
+    return chosen
+
+
+def jobs_of(chosen, args):
+    """(argv, folder) of every run: the first seed of every entry first."""
+    seeds = {name: args.seeds or entry["seeds"] for name, entry in chosen.items()}
+    jobs = []
+    for seed in sorted(set(itertools.chain(*seeds.values()))):
+        for name, entry in chosen.items():
+            if seed in seeds[name]:
+                argv = [*shlex.split(entry["command"]), "--seed", str(seed)]
+                jobs.append((argv, Path(args.runs_dir).resolve() / f"{name}__{seed}"))
+    return jobs
 
 
 def main():
     sys.stdout.reconfigure(line_buffering=True)             # also into a pipe
     args = tyro.cli(Args)
-    everything = entries(args.tasks)
-    suites = list(dict.fromkeys(entry.get("suite", "") for entry in everything.values()))
-    if args.suite and args.suite not in suites:
-        fail(f"--suite {args.suite} is not in {args.tasks}: {', '.join(suites)}")
-    if not (args.suite or args.only or args.dry_run):
-        fail(f"say what to run, everything takes weeks: --suite {', '.join(suites)}, or --only part of an entry's name")
-    chosen = {name: e for name, e in everything.items() if args.only in name and args.suite in ("", e.get("suite"))}
-    if not chosen:
-        fail(f"--only {args.only}: no entry{f' of --suite {args.suite}' * bool(args.suite)} has this in its name")
+    jobs = jobs_of(chosen_entries(args), args)
     if args.workers < 1:
         fail(f"--workers {args.workers} must be at least 1")
-    jobs = [(shlex.split(entry["command"]) + ["--seed", str(seed)], Path(args.runs_dir).resolve() / f"{name}__{seed}")
-            for seed in sorted({seed for entry in chosen.values() for seed in args.seeds or entry["seeds"]})
-            for name, entry in chosen.items() if seed in (args.seeds or entry["seeds"])]      # every entry's first seed first
     if args.dry_run:
         return print("\n".join(shlex.join(argv) for argv, _ in jobs))
-
-    count, waiting, running = collections.Counter(), collections.deque(), {}
-    for argv, folder in jobs:
-        failed = folder.with_name(f"{folder.name}.failed")
-        if (folder / "finished").exists():
-            count["finished before"] += 1
-        elif failed.exists() and not args.retry:
-            print(f"{folder.name}: failed before, --retry runs it again: {failed.read_text()}")
-            count["failed"] += 1
-        else:
-            failed.unlink(missing_ok=True)
-            waiting.append((argv, folder))
-    if args.executor == "ray" and waiting:
-        RayRun.connect(args)
-    run_of = RayRun if args.executor == "ray" else LocalRun
-    for kill in (signal.SIGTERM, signal.SIGINT):            # kill is Ctrl-C, which shells let their background jobs ignore
+    queue = Queue(jobs, args)
+    for kill in (signal.SIGTERM, signal.SIGINT):    # both are Ctrl-C, which shells let background jobs ignore
         signal.signal(kill, signal.default_int_handler)
-    slots, width = set(range(1, args.workers + 1)), max(len(folder.name) for _, folder in jobs)
-    all_runs = tqdm(total=len(waiting), desc="runs", unit="run", disable=None)
+    if args.executor == "ray" and queue.waiting:            # its processes inherit these signals
+        RayRun.connect(args)
     try:
-        while waiting or running:
-            for argv, folder in list(waiting) if slots else ():
-                waiting.popleft()
-                if (folder / "finished").exists():          # meanwhile, by another runner
-                    count["finished before"] += 1
-                    all_runs.update()
-                    continue
-                try:
-                    run = run_of(argv, folder)
-                except BlockingIOError:                     # wait for it, then see what is missing
-                    waiting.append((argv, folder))
-                    continue
-                slot = slots.pop()
-                bar = tqdm(desc=f"{folder.name:{width}}", position=slot, leave=False, bar_format=LINE, disable=None)
-                running[folder] = run, slot, bar
-                if not slots:
-                    break
-            time.sleep(0.5)
-            for folder, (run, slot, bar) in list(running.items()):
-                outcome = run.outcome()
-                if outcome is None:
-                    progress(bar, folder)
-                    continue
-                bar.close()
-                del running[folder]
-                slots.add(slot)
-                count[outcome] += 1
-                said = ""
-                if outcome == "failed":
-                    said = "\n" + last_lines(folder.with_name(f"{folder.name}.log"))
-                    folder.with_name(f"{folder.name}.failed").write_text(said)
-                tqdm.write(f"{folder.name}: {outcome}{said}")
-                all_runs.update()
+        queue.work()
     except KeyboardInterrupt:
-        tqdm.write("Ctrl-C: the runs save and leave; start the same command again to go on")
-        for run, _, _ in running.values():
-            run.interrupt()
-        while any(run.outcome() is None for run, _, _ in running.values()):
-            time.sleep(0.1)
         sys.exit(130)
-    finally:
-        all_runs.close()
-    print(", ".join(f"{n} {what}" for what, n in count.items()))
-    sys.exit(1 if count["failed"] else 0)
+    print(", ".join(f"{n} {what}" for what, n in queue.count.items()))
+    sys.exit(1 if queue.count["failed"] else 0)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python benchmark/ship.py poc-gru count-input-sac --runs-dir runs/benchmark --seed 1
 
-Takes the model of <runs-dir>/<entry>__<seed>, leaves out where it was trained, plays --episodes with it and writes its line of
-models.csv. tests/test_shipped.py plays them again.
+Takes the model of <runs-dir>/<entry>__<seed>, leaves out where it was trained, plays --episodes with it and
+writes its line of models.csv. tests/test_trained_agents.py plays them again.
 """
 import csv
 import importlib
@@ -13,32 +13,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import safetensors
 import safetensors.torch
 import tyro
 
 ROOT = Path(__file__).parent.parent
-MODELS = ROOT / "benchmark/models"
-HERE = {"runs_dir": "runs", "run_name": None, "render_mode": "auto", "device": "auto", "capture_video": False, "track": False,
-        "wandb_entity": None}  # flags that say where it was trained, and by whom
 sys.path.insert(0, str(ROOT))
+
+from envs.vector import make_envs  # noqa: E402
+from models.flags import parse, read_model  # noqa: E402
+from models.play import play  # noqa: E402
+from models.run_folder import make_agent  # noqa: E402
+
+MODELS = ROOT / "benchmark/models"
+HERE = {  # flags that say where it was trained, and by whom
+    "runs_dir": "runs", "run_name": None, "render_mode": "auto", "device": "auto", "capture_video": False,
+    "track": False, "wandb_entity": None}
 
 
 @dataclass
 class Args:
-    entries: Annotated[tuple[str, ...], tyro.conf.Positional]  # of tasks.toml
+    entries: Annotated[tuple[str, ...], tyro.conf.Positional]  # of benchmark/tasks/
     seed: int = 1  # whose model
     runs_dir: str = "runs/benchmark"  # where run.py put the runs
     episodes: int = 100  # to measure it with
 
 
-def play(path, episodes, seed=10_000):
-    """What the script that trained a model gets with it: arrays of returns, lengths, successes, and its Args."""
-    script = importlib.import_module(safetensors.safe_open(path, "pt").metadata()["script"])
-    content = script.load("--model", path, script.read_model)
-    args = content["args"]
-    envs = script.make_envs(args, min(episodes, 20), play=True)
-    return *script.play(script.make_agent(args, envs, content["agent"]), envs, args, episodes, seed), args
+def measure(path, episodes, seed=10_000):
+    """What a model gets without exploring: [3, episodes] returns, lengths, successes; and its Args."""
+    script = importlib.import_module(read_model(path)["script"])
+    args, saved = parse(script.Args, script.SCRIPT, ["--model", str(path)])
+    envs = make_envs(args, min(episodes, 20), training=False)
+    agent, _ = make_agent(script.Agent, args, envs, saved)
+    return play(agent, envs, episodes, seed), args
 
 
 def main(argv=None):
@@ -47,16 +53,17 @@ def main(argv=None):
     table = MODELS / "models.csv"
     rows = {row["entry"]: row for row in csv.DictReader(table.open())} if table.exists() else {}
     for entry in args.entries:
-        with safetensors.safe_open(Path(args.runs_dir) / f"{entry}__{args.seed}" / "model.safetensors", "pt") as f:
-            weights, metadata = {name: f.get_tensor(name) for name in f.keys()}, f.metadata()
-        flags = json.loads(metadata["args"])
-        metadata["args"] = json.dumps(flags | HERE)
+        metadata = read_model(Path(args.runs_dir) / f"{entry}__{args.seed}" / "model.safetensors")
+        weights = metadata.pop("agent")
+        flags = json.loads(metadata["args"]) | HERE
         path = MODELS / f"{entry}.safetensors"
-        safetensors.torch.save_file(weights, path, metadata)
-        returns, lengths, successes, _ = play(path, args.episodes)
-        rows[entry] = {"entry": entry, "seed": args.seed, "script": metadata["script"], "task": flags["env_id"],
-                       "memory": flags["memory"], "steps": metadata["global_step"], "episodes": args.episodes,
-                       "return": f"{returns.mean():.4g}", "std": f"{returns.std():.4g}", "success": f"{successes.mean():.4g}"}
+        safetensors.torch.save_file(weights, path, metadata | {"args": json.dumps(flags)})
+        (returns, _, successes), _ = measure(path, args.episodes)
+        rows[entry] = {
+            "entry": entry, "seed": args.seed, "script": metadata["script"], "task": flags["env_id"],
+            "memory": flags["memory"], "steps": metadata["global_step"], "episodes": args.episodes,
+            "return": f"{returns.mean():.4g}", "std": f"{returns.std():.4g}",
+            "success": f"{successes.mean():.4g}"}
         print("  ".join(f"{k} {v}" for k, v in rows[entry].items()), flush=True)
     with table.open("w", newline="") as f:
         writer = csv.DictWriter(f, next(iter(rows.values())))

@@ -1,22 +1,24 @@
-"""End-to-end training speed, side by side with what a user would take instead.   python benchmark/speed.py --help
+"""End-to-end training speed, side by side with what a user would take instead.
 
     pip install -r benchmark/requirements.txt
     python benchmark/speed.py --tasks poc cartpole minigrid --repeats 3
     python benchmark/speed.py --tasks repeat --ours sbb:lstm tbb:lstm tbb:lru tbb:mingru
-    python benchmark/speed.py --memories                                      one layer of every memory, forward + backward
-    python benchmark/speed.py --dqn tbb:lru tbb:ffm sbb:lru                   double DQN at memory-monoids' sizes
-    python benchmark/speed.py --dqn sbb:lstm sbb:gpt --length 250             on 64 whole episodes at Memory-RL's sizes
-    python benchmark/speed.py --off-policy sac_gru:gru sac_gru:none           against stable-baselines3, which has no memory
+    python benchmark/speed.py --memories                             one layer of every memory
+    python benchmark/speed.py --dqn tbb:lru tbb:ffm sbb:lru          double DQN at memory-monoids' sizes
+    python benchmark/speed.py --dqn sbb:lstm sbb:gpt --length 250    on 64 whole episodes at Memory-RL's sizes
+    python benchmark/speed.py --off-policy sac_gru:gru sac_gru:none  against stable-baselines3 without memory
 
-Runs our PPO scripts and sb3-contrib's RecurrentPPO in turn, at equal work: the same vectorised task, network (one LSTM for
-policy and value, then one hidden layer each), rollout, epochs, minibatches, optimiser steps and torch threads. Prints steps
-per second (first update left out: it warms up), the ratio of the medians, and where our time goes. On MinigridMemory "equal
-work" includes a difference by design: our encoder convolves each distinct view of a batch once, theirs every image.
---separate-lstm gives RecurrentPPO its default instead, a second LSTM for the critic: more work, but what a user gets.
+By default it runs our PPO scripts and sb3-contrib's RecurrentPPO in turn, at equal work: the same vectorised
+task, network (one LSTM for policy and value, then one hidden layer each), rollout, epochs, minibatches,
+optimiser steps and torch threads. It prints steps per second without the first update, which warms up, the
+ratio of the medians, and where our time goes. On MinigridMemory "equal work" includes a difference by design:
+our encoder convolves each distinct view of a batch once, theirs every image. --separate-lstm gives
+RecurrentPPO its default instead, a second LSTM for the critic: more work, but what a user gets.
 
---off-policy: the floor of the algorithm, stable-baselines3's SAC, TD3 and DQN on the same task, with as many environments,
-gradient steps per step and transitions per gradient step, and a hidden layer in place of the memory. From it to a memory called
-none is the implementation, from there to another the price of memory. It has no SAC for discrete actions to compare with.
+--off-policy: the floor of the algorithm is stable-baselines3's SAC, TD3 or DQN on the same task, with as many
+environments, gradient steps per step and transitions per gradient step, and a hidden layer in place of the
+memory. From there to our memory called none is the difference of the implementations, from none to another
+memory its price. stable-baselines3 has no SAC for discrete actions to compare with.
 """
 import collections
 import csv
@@ -43,47 +45,42 @@ TASKS = {
     "repeat": ("popgym-RepeatPreviousEasy-v0", {}, 64, 128, 4, 64, 64, 0, 4),
 }
 TAPES = ((2_048, 1), (128, 16))  # T, B of --memories
-# memory-monoids' RepeatPrevious: episodes of 103 steps, width 256, 1,000 steps an update, an update each 103 steps
-DQN = {"env-id": "popgym-RepeatPreviousEasy-v0", "env-kwargs": '{"k": 10, "num_decks": 2}', "hidden-size": 256, "mlp-size": 256,
-       "num-envs": 64, "learning-starts": 10_000, "train-every": 1_024, "replay-ratio": 1 / 103, "total-timesteps": 20_480}
-DQN_MEMORIES = {"lru": (2, {"state_size": 128}), "s5": (2, {}), "ffm": (1, {"contexts": 16}),  # layers, memory-kwargs
-                "linear-attention": (1, {"heads": 1}), "lstm": (1, {}), "gpt": (1, {"head_size": 128})}
+# memory-monoids' RepeatPrevious: episodes of 103 steps, width 256, 1,000 steps an update, an update each 103
+DQN = {
+    "env-id": "popgym-RepeatPreviousEasy-v0", "env-kwargs": '{"k": 10, "num_decks": 2}',
+    "hidden-size": 256, "mlp-size": 256, "num-envs": 64, "learning-starts": 10_000, "train-every": 1_024,
+    "replay-ratio": 1 / 103, "total-timesteps": 20_480}
+DQN_LENGTH = {"sbb": {"seq-len": 50}, "tbb": {"tape-len": 1_000}}
+DQN_MEMORIES = {  # layers, memory-kwargs
+    "lru": (2, {"state_size": 128}), "s5": (2, {}), "ffm": (1, {"contexts": 16}),
+    "linear-attention": (1, {"heads": 1}), "lstm": (1, {}), "gpt": (1, {"head_size": 128})}
 
-# script: env id, environment steps between two visits to the replay, gradient steps of a visit, visits to time, and, for
-# stable-baselines3, its algorithm and the transitions of a gradient step: the mean number of real steps in one of ours
-OFF_POLICY = {"sac_gru": ("PendulumMasked-v1", 160, 16, 12, "SAC", 920),
-              "td3_gru": ("PendulumMasked-v1", 160, 16, 12, "TD3", 920),
-              "dqn_recurrent_sbb": ("popgym-RepeatPreviousEasy-v0", 64, 1, 160, "DQN", 1_010),
-              "dqn_recurrent_tbb": ("popgym-RepeatPreviousEasy-v0", 64, 1, 160, "DQN", 1_020),
-              "sac_discrete_sbb": ("popgym-RepeatPreviousEasy-v0", 160, 16, 12, None, None)}
+# script: env id, environment steps between two visits to the replay, gradient steps a visit, visits to time;
+# for stable-baselines3 also its algorithm and the transitions of a gradient step: ours has as many real steps
+OFF_POLICY = {
+    "sac_gru": ("PendulumMasked-v1", 160, 16, 12, "SAC", 920),
+    "td3_gru": ("PendulumMasked-v1", 160, 16, 12, "TD3", 920),
+    "dqn_recurrent_sbb": ("popgym-RepeatPreviousEasy-v0", 64, 1, 160, "DQN", 1_010),
+    "dqn_recurrent_tbb": ("popgym-RepeatPreviousEasy-v0", 64, 1, 160, "DQN", 1_020),
+    "sac_discrete_sbb": ("popgym-RepeatPreviousEasy-v0", 160, 16, 12, None, None)}
 LEARNING_STARTS = 10_000  # environment steps, of --off-policy
-
-
-def whole_episodes(length, script, memory):
-    """Memory-RL's Passive T-Maze of this length, in place of DQN: width 128, 64 episodes an update, four updates a visit."""
-    T = length + 1
-    sizes = {"seq-len": -1, "batch-size": 64 * T} if script == "sbb" else {"tape-len": 64 * T}
-    return sizes | {
-        "env-id": "TMazePassive-v0", "env-kwargs": json.dumps({"length": length}), "hidden-size": 128, "mlp-size": 256,
-        "encoder-size": 128 if memory == "gpt" else 48, "num-envs": 64, "learning-starts": 64 * T, "train-every": 64 * T,
-        "replay-ratio": 4.01 / (64 * T), "buffer-size": 256 * T, "loss": "mse", "total-timesteps": 256 * T, "log-every": 64 * T}
 
 
 @dataclass
 class Args:
     tasks: tuple[str, ...] = ("poc", "cartpole")  # poc, cartpole, minigrid, repeat
-    ours: tuple[str, ...] = ("sbb:lstm",)  # which of ours: script:memory; RecurrentPPO has the LSTM only
+    ours: tuple[str, ...] = ("sbb:lstm",)  # script:memory; RecurrentPPO has the LSTM only
     num_layers: int = 1  # of every memory, RecurrentPPO's too
     repeats: int = 3  # runs of each, alternating
     threads: int = 1  # torch threads
     memories: bool = False  # time the layers of --layer-size instead
     layer_size: int = 128  # H of --memories
-    dqn: tuple[str, ...] = ()  # time double DQN instead: script:memory, of lru, s5, ffm, linear-attention, lstm and gpt
-    off_policy: tuple[str, ...] = ()  # time the off-policy scripts instead, against stable-baselines3: script:memory
+    dqn: tuple[str, ...] = ()  # time double DQN instead: script:memory, a memory of DQN_MEMORIES
+    off_policy: tuple[str, ...] = ()  # time these against stable-baselines3: script:memory
     length: int = 0  # with --dqn: on whole episodes of T-Maze of this length; 0: RepeatPrevious
     separate_lstm: bool = False  # RecurrentPPO's default: a second LSTM for the critic
     out: str | None = None  # also append the table to this CSV file
-    child: str | None = None  # internal: run stable-baselines3's part of this task or script and print its speed
+    child: str | None = None  # internal: run stable-baselines3's part of this task or script
 
 
 def argv(flags):
@@ -92,56 +89,73 @@ def argv(flags):
 
 
 def ours(args, script, flags):
-    """One training: environment steps per second, ms of a gradient step (drawing its batch not included), us of acting for a
-    step, each phase's share of the time. From the run's own progress.csv, without the first row that learns: it warms up."""
+    """One training, from its own progress.csv, without the first row that learns: it warms up.
+
+    Returns environment steps per second, ms of a gradient step (drawing its batch not included), us of acting
+    for an environment step, and each phase's share of the time.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        flags = flags | {"device": "cpu", "num-threads": args.threads, "runs-dir": folder, "run-name": "speed"}
-        subprocess.run([sys.executable, ROOT / f"{script}.py", *argv(flags)], check=True, capture_output=True)
+        more = {
+            "device": "cpu", "num-threads": args.threads, "runs-dir": folder, "run-name": "speed"}
+        command = [sys.executable, ROOT / f"{script}.py", *argv(flags | more)]
+        subprocess.run(command, check=True, capture_output=True)
         rows = list(csv.DictReader((Path(folder) / "speed" / "progress.csv").open()))
-    first, *rows = [row for row in rows if int(row["global_step"]) > flags.get("learning-starts", 0)]
-    spent = {name: sum(float(row[f"time/{name}"]) for row in rows) for name in ("policy", "env", "batch", "update", "log")}
-    steps, updates = (float(rows[-1].get(k, "nan")) - float(first.get(k, "nan"))         # PPO does not count its gradient steps
-                      for k in ("global_step", "charts/gradient_steps"))
-    return {"steps_per_second": steps / sum(spent.values()), "update_ms": 1e3 * spent["update"] / updates,
-            "policy_us": 1e6 * spent["policy"] / steps, **{f"share_{k}": v / sum(spent.values()) for k, v in spent.items()}}
+    begin = flags.get("learning-starts", 0)
+    first, *rows = [row for row in rows if int(row["global_step"]) > begin]
+    phases = "policy", "env", "batch", "update", "log"
+    spent = {phase: sum(float(row[f"time/{phase}"]) for row in rows) for phase in phases}
+    seconds = sum(spent.values())
+    steps = int(rows[-1]["global_step"]) - int(first["global_step"])
+    counted = "charts/gradient_steps"                       # PPO does not count them
+    updates = float(rows[-1].get(counted, "nan")) - float(first.get(counted, "nan"))
+    return {
+        "steps_per_second": steps / seconds, "update_ms": 1e3 * spent["update"] / updates,
+        "policy_us": 1e6 * spent["policy"] / steps,
+        **{f"share_{phase}": spent[phase] / seconds for phase in phases}}
 
 
 def theirs(args, child):
     """Steps per second and ms of a gradient step of stable-baselines3, in a process of its own."""
-    command = [sys.executable, __file__, "--child", child, "--threads", str(args.threads), "--num-layers", str(args.num_layers)]
-    command += ["--separate-lstm"] if args.separate_lstm else []
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    flags = {"child": child, "threads": args.threads, "num-layers": args.num_layers}
+    if args.separate_lstm:
+        flags["separate-lstm"] = None
+    command = [sys.executable, __file__, *argv(flags)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return json.loads(output.splitlines()[-1])
 
 
 def in_turn(args, commands, child=None):
-    """Medians of --repeats runs of each (script, flags) and, last, of stable-baselines3's `child` if there is one; in turn."""
-    runs = [[ours(args, *command) for command in commands] + ([theirs(args, child)] if child else [])
-            for _ in range(args.repeats)]
+    """Medians of --repeats runs, in turn: of each (script, flags), last of stable-baselines3's `child`."""
+    runs = []
+    for _ in range(args.repeats):
+        runs.append([ours(args, *command) for command in commands])
+        if child:
+            runs[-1].append(theirs(args, child))
     return [{k: statistics.median(run[k] for run in same) for k in same[0]} for same in zip(*runs)]
 
 
-def run_sb3(args):
-    """Trains RecurrentPPO, or SAC, TD3 or DQN without memory; prints its speed as JSON."""
+def shares(median, form):
+    return {name: form(value) for name, value in median.items() if name.startswith("share_")}
+
+
+# ---------------------------------------------------------------- stable-baselines3, in a process of its own
+
+def adapter(env_id, num_envs, **kwargs):
+    """Our vectorised task as stable-baselines3 wants it: the same numpy batch that our script steps."""
     import gymnasium as gym
-    import numpy as np
-    import stable_baselines3
-    import torch
-    from sb3_contrib import RecurrentPPO
-    from stable_baselines3.common.noise import NormalActionNoise
     from stable_baselines3.common.vec_env import VecEnv
 
     import envs as tasks  # noqa: F401  (registers them)
 
     class Adapter(VecEnv):
-        """Our vectorised task as stable-baselines3 wants it: it steps the same numpy batch that our script steps."""
-
-        def __init__(self, env_id, num_envs, **kwargs):
+        def __init__(self):
             if gym.spec(env_id).vector_entry_point:
                 self.envs = gym.make_vec(env_id, num_envs, **kwargs)
             else:
-                autoreset = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
-                self.envs = gym.make_vec(env_id, num_envs, "sync", autoreset, **kwargs)
-            super().__init__(num_envs, self.envs.single_observation_space, self.envs.single_action_space)
+                mode = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
+                self.envs = gym.make_vec(env_id, num_envs, "sync", mode, **kwargs)
+            spaces = self.envs.single_observation_space, self.envs.single_action_space
+            super().__init__(num_envs, *spaces)
 
         def reset(self):
             return self.envs.reset(seed=1)[0]
@@ -153,7 +167,9 @@ def run_sb3(args):
             obs, reward, terminated, truncated, infos = self.envs.step(self.actions)
             done, out = terminated | truncated, [{} for _ in range(self.num_envs)]
             for n in done.nonzero()[0]:
-                out[n] = {"terminal_observation": infos["final_obs"][n], "TimeLimit.truncated": not terminated[n]}
+                out[n] = {
+                    "terminal_observation": infos["final_obs"][n],
+                    "TimeLimit.truncated": not terminated[n]}
             return obs, reward, done, out
 
         def close(self):
@@ -171,6 +187,52 @@ def run_sb3(args):
         def env_is_wrapped(self, wrapper, indices=None):
             return [False] * self.num_envs
 
+    return Adapter()
+
+
+def recurrent_ppo(args):
+    """RecurrentPPO of the size of --child; the steps of a rollout, its gradient steps, rollouts to time."""
+    from sb3_contrib import RecurrentPPO
+
+    env_id, kwargs, N, T, minibatches, hidden, mlp, encoder, updates = TASKS[args.child]
+    policy_kwargs = {
+        "lstm_hidden_size": hidden, "n_lstm_layers": args.num_layers, "net_arch": [mlp],
+        "shared_lstm": not args.separate_lstm, "enable_critic_lstm": args.separate_lstm}
+    if encoder:
+        policy_kwargs["features_extractor_kwargs"] = {"features_dim": encoder}
+    model = RecurrentPPO(
+        "CnnLstmPolicy" if encoder else "MlpLstmPolicy", adapter(env_id, N, **kwargs), device="cpu",
+        seed=1, n_steps=T, n_epochs=4, batch_size=N * T // minibatches, policy_kwargs=policy_kwargs)
+    return model, N * T, 4 * minibatches, updates
+
+
+def memoryless(args):
+    """SAC, TD3 or DQN of the size of --child; the steps between visits, gradient steps, visits to time."""
+    import numpy as np
+    import stable_baselines3
+    from stable_baselines3.common.noise import NormalActionNoise
+
+    env_id, steps, gradient_steps, visits, algorithm, batch_size = OFF_POLICY[args.child]
+    sizes = importlib.import_module(args.child).Args()
+    more = {
+        "SAC": {},
+        "TD3": {"action_noise": NormalActionNoise(np.zeros(1), np.full(1, 0.1))},
+        "DQN": {"exploration_initial_eps": 0.05, "target_update_interval": steps}}[algorithm]
+    policy_kwargs = {"net_arch": [sizes.hidden_size] * args.num_layers + [sizes.mlp_size]}
+    model = getattr(stable_baselines3, algorithm)(
+        "MlpPolicy", adapter(env_id, sizes.num_envs), device="cpu", seed=1,
+        buffer_size=sizes.buffer_size, tau=sizes.tau, learning_starts=LEARNING_STARTS,
+        train_freq=steps // sizes.num_envs, gradient_steps=gradient_steps, batch_size=batch_size,
+        policy_kwargs=policy_kwargs, **more)
+    return model, steps, gradient_steps, visits
+
+
+def run_sb3(args):
+    """Trains RecurrentPPO, or SAC, TD3 or DQN without memory; prints its speed as JSON."""
+    import torch
+
+    spent = collections.Counter()
+
     def timed(owner, name):
         """From now on the method adds its seconds to spent[name]."""
         method = getattr(owner, name)
@@ -184,77 +246,71 @@ def run_sb3(args):
         setattr(owner, name, wrapper)
 
     torch.set_num_threads(args.threads)
-    spent = collections.Counter()
-    if args.child in TASKS:
-        env_id, kwargs, N, T, minibatches, hidden, mlp, encoder, visits = TASKS[args.child]
-        steps, gradient_steps, first = N * T, 4 * minibatches, 1
-        policy_kwargs = dict(lstm_hidden_size=hidden, n_lstm_layers=args.num_layers, net_arch=[mlp],
-                             shared_lstm=not args.separate_lstm, enable_critic_lstm=args.separate_lstm)
-        if encoder:
-            policy_kwargs["features_extractor_kwargs"] = {"features_dim": encoder}
-        model = RecurrentPPO("CnnLstmPolicy" if encoder else "MlpLstmPolicy", Adapter(env_id, N, **kwargs), device="cpu",
-                             seed=1, n_steps=T, n_epochs=4, batch_size=steps // minibatches, policy_kwargs=policy_kwargs)
-    else:
-        env_id, steps, gradient_steps, visits, algorithm, batch_size = OFF_POLICY[args.child]
-        sizes, first = importlib.import_module(args.child).Args(), LEARNING_STARTS // steps + 1
-        more = {"SAC": {}, "TD3": {"action_noise": NormalActionNoise(np.zeros(1), np.full(1, 0.1))},
-                "DQN": {"exploration_initial_eps": 0.05, "target_update_interval": steps}}[algorithm]
-        policy_kwargs = {"net_arch": [sizes.hidden_size] * args.num_layers + [sizes.mlp_size]}
-        model = getattr(stable_baselines3, algorithm)(
-            "MlpPolicy", Adapter(env_id, sizes.num_envs), device="cpu", seed=1, buffer_size=sizes.buffer_size, tau=sizes.tau,
-            learning_starts=LEARNING_STARTS, train_freq=steps // sizes.num_envs, gradient_steps=gradient_steps,
-            batch_size=batch_size, policy_kwargs=policy_kwargs, **more)
-        timed(model.replay_buffer, "sample")
+    on_policy = args.child in TASKS
+    model, steps, gradient_steps, visits = recurrent_ppo(args) if on_policy else memoryless(args)
     timed(model, "train")
-    model.learn(first * steps)                              # warms up
-    spent, begin = collections.Counter(), time.perf_counter()
+    if not on_policy:
+        timed(model.replay_buffer, "sample")
+    model.learn(steps if on_policy else (LEARNING_STARTS // steps + 1) * steps)     # warms up
+    spent.clear()
+    begin = time.perf_counter()
     model.learn(visits * steps, reset_num_timesteps=False)
     seconds = time.perf_counter() - begin
-    print(json.dumps({"steps_per_second": visits * steps / seconds,
-                      "update_ms": 1e3 * (spent["train"] - spent["sample"]) / (visits * gradient_steps)}))
+    update_ms = 1e3 * (spent["train"] - spent["sample"]) / (visits * gradient_steps)
+    print(json.dumps({"steps_per_second": visits * steps / seconds, "update_ms": update_ms}))
 
+
+# ---------------------------------------------------------------- what is timed
 
 def time_ppo(args):
     """Our PPO against RecurrentPPO: steps per second, their ratio, where our time goes; medians."""
     for task in args.tasks:
         env_id, kwargs, N, T, minibatches, hidden, mlp, encoder, updates = TASKS[task]
-        flags = {"env-id": env_id, "env-kwargs": json.dumps(kwargs), "num-envs": N, "num-steps": T, "update-epochs": 4,
-                 "num-minibatches": minibatches, "hidden-size": hidden, "mlp-size": mlp, "encoder-size": encoder,
-                 "total-timesteps": (updates + 1) * N * T, "num-layers": args.num_layers}
+        flags = {
+            "env-id": env_id, "env-kwargs": json.dumps(kwargs), "num-envs": N, "num-steps": T,
+            "update-epochs": 4, "num-minibatches": minibatches, "num-layers": args.num_layers,
+            "hidden-size": hidden, "mlp-size": mlp, "encoder-size": encoder,
+            "total-timesteps": (updates + 1) * N * T}
         names = [name.split(":") for name in args.ours]
-        commands = [(f"ppo_recurrent_{script}", flags | {"memory": memory}) for script, memory in names]
+        commands = [
+            (f"ppo_recurrent_{script}", flags | {"memory": memory}) for script, memory in names]
         *medians, sb3 = in_turn(args, commands, task)
         for (script, memory), median in zip(names, medians):
+            ratio = median["steps_per_second"] / sb3["steps_per_second"]
             append(args.out, {
-                "task": task, "script": script, "memory": memory, "layers": args.num_layers, "threads": args.threads,
-                "separate_lstm": args.separate_lstm, "n": args.repeats, "ours": round(median["steps_per_second"]),
-                "sb3": round(sb3["steps_per_second"]), "ratio": round(median["steps_per_second"] / sb3["steps_per_second"], 2),
-                **{k: round(v, 2) for k, v in median.items() if k.startswith("share_")}})
+                "task": task, "script": script, "memory": memory, "layers": args.num_layers,
+                "threads": args.threads, "separate_lstm": args.separate_lstm, "n": args.repeats,
+                "ours": round(median["steps_per_second"]), "sb3": round(sb3["steps_per_second"]),
+                "ratio": round(ratio, 2), **shares(median, lambda x: round(x, 2))})
 
 
 def off_policy_flags(args, script, memory):
     env_id, steps, gradient_steps, visits, *_ = OFF_POLICY[script]
-    return {"env-id": env_id, "memory": memory, "num-layers": args.num_layers, "no-prev-action": None, "train-every": steps,
-            "replay-ratio": gradient_steps / steps, "learning-starts": LEARNING_STARTS,
-            "total-timesteps": (LEARNING_STARTS // steps + 1 + visits) * steps}
+    return {
+        "env-id": env_id, "memory": memory, "num-layers": args.num_layers, "no-prev-action": None,
+        "learning-starts": LEARNING_STARTS, "train-every": steps, "replay-ratio": gradient_steps / steps,
+        "total-timesteps": (LEARNING_STARTS // steps + 1 + visits) * steps}
 
 
 def time_off_policy(args):
-    """SAC, TD3 and DQN with memory against stable-baselines3's without: steps per second, ms of a gradient step; medians."""
+    """SAC, TD3 and DQN with memory against stable-baselines3's without; medians."""
     for name in args.off_policy:
         script, memory = name.split(":")
         algorithm = OFF_POLICY[script][4]
-        median, *sb3 = in_turn(args, [(script, off_policy_flags(args, script, memory))], algorithm and script)
-        sb3 = sb3[0] if sb3 else dict.fromkeys(median, float("nan"))
+        commands = [(script, off_policy_flags(args, script, memory))]
+        median, *sb3 = in_turn(args, commands, child=script if algorithm else None)
+        sb3 = sb3[0] if sb3 else {"steps_per_second": float("nan"), "update_ms": float("nan")}
         append(args.out, {
-            "script": script, "memory": memory, "layers": args.num_layers, "threads": args.threads, "n": args.repeats,
-            "algorithm": algorithm, "ours": f"{median['steps_per_second']:.0f}", "sb3": f"{sb3['steps_per_second']:.0f}",
-            "ratio": f"{median['steps_per_second'] / sb3['steps_per_second']:.2f}", "ours_ms": f"{median['update_ms']:.1f}",
-            "sb3_ms": f"{sb3['update_ms']:.1f}", **{k: f"{v:.2f}" for k, v in median.items() if k.startswith("share_")}})
+            "script": script, "memory": memory, "layers": args.num_layers, "threads": args.threads,
+            "n": args.repeats, "algorithm": algorithm, "ours": f"{median['steps_per_second']:.0f}",
+            "sb3": f"{sb3['steps_per_second']:.0f}",
+            "ratio": f"{median['steps_per_second'] / sb3['steps_per_second']:.2f}",
+            "ours_ms": f"{median['update_ms']:.1f}", "sb3_ms": f"{sb3['update_ms']:.1f}",
+            **shares(median, lambda x: f"{x:.2f}")})
 
 
 def time_layers(args):
-    """Milliseconds of one layer, forward + backward, on one long tape and on 16 columns; medians, the layers in turn."""
+    """Milliseconds of one layer, forward + backward, on one long tape and on 16 columns; medians, in turn."""
     import torch
     import torch.nn as nn
 
@@ -264,40 +320,63 @@ def time_layers(args):
     H = args.layer_size
     for T, B in TAPES:
         x, start = torch.randn(T, B, H, requires_grad=True), torch.rand(T, B) < 0.02
-        layers = {"nn.GRU": nn.GRU(H, H), "nn.LSTM": nn.LSTM(H, H)} | {name: layer(H) for name, layer in MONOIDS.items()}
+        layers = {"nn.GRU": nn.GRU(H, H), "nn.LSTM": nn.LSTM(H, H)}
+        layers |= {name: layer(H) for name, layer in MONOIDS.items()}
         times = {name: [] for name in layers}
-        for _ in range(args.repeats + 1):                                       # the first is for warming up
+        for _ in range(args.repeats + 1):                   # the first is for warming up
             for name, layer in layers.items():
                 begin = time.perf_counter()
-                y = layer(x)[0] if name.startswith("nn.") else layer(x, layer.initial_state(B), start)[0]
-                y.sum().backward()
+                inputs = (x,) if name.startswith("nn.") else (x, layer.initial_state(B), start)
+                layer(*inputs)[0].sum().backward()
                 times[name].append(1000 * (time.perf_counter() - begin))
         ms = {name: statistics.median(t[1:]) for name, t in times.items()}
         for name in layers:
-            append(args.out, {"T": T, "B": B, "H": H, "threads": args.threads, "layer": name, "n": args.repeats,
-                              "ms": round(ms[name], 2), "times_faster_than_gru": round(ms["nn.GRU"] / ms[name], 2),
-                              "times_faster_than_lstm": round(ms["nn.LSTM"] / ms[name], 2)})
+            append(args.out, {
+                "T": T, "B": B, "H": H, "threads": args.threads, "layer": name, "n": args.repeats,
+                "ms": round(ms[name], 2),
+                "times_faster_than_gru": round(ms["nn.GRU"] / ms[name], 2),
+                "times_faster_than_lstm": round(ms["nn.LSTM"] / ms[name], 2)})
+
+
+def dqn_flags(args, script, memory):
+    layers, memory_kwargs = DQN_MEMORIES[memory]
+    flags = DQN | DQN_LENGTH[script]
+    if args.length:
+        flags = whole_episodes(args.length, script, memory)
+        if memory == "gpt":
+            memory_kwargs = memory_kwargs | {"window": args.length + 2}
+    memory_flags = {
+        "memory": memory, "num-layers": layers, "memory-kwargs": json.dumps(memory_kwargs)}
+    return flags | memory_flags
+
+
+def whole_episodes(length, script, memory):
+    """Memory-RL's Passive T-Maze of this length: width 128, 64 episodes an update, four updates a visit."""
+    T = length + 1
+    sizes = {"seq-len": -1, "batch-size": 64 * T} if script == "sbb" else {"tape-len": 64 * T}
+    return sizes | {
+        "env-id": "TMazePassive-v0", "env-kwargs": json.dumps({"length": length}), "num-envs": 64,
+        "hidden-size": 128, "mlp-size": 256, "encoder-size": 128 if memory == "gpt" else 48,
+        "learning-starts": 64 * T, "train-every": 64 * T, "replay-ratio": 4.01 / (64 * T),
+        "buffer-size": 256 * T, "loss": "mse", "total-timesteps": 256 * T, "log-every": 64 * T}
 
 
 def time_dqn(args):
-    """Double DQN end to end, once it learns: steps per second, one update, acting for one environment step; medians."""
-    names, commands = [name.split(":") for name in args.dqn], []
-    for script, memory in names:
-        layers, memory_kwargs = DQN_MEMORIES[memory]
-        preset = whole_episodes(args.length, script, memory) if args.length else DQN | {
-            "seq-len" if script == "sbb" else "tape-len": 50 if script == "sbb" else 1_000}
-        memory_kwargs = memory_kwargs | ({"window": args.length + 2} if args.length and memory == "gpt" else {})
-        commands.append((f"dqn_recurrent_{script}", preset | {"memory": memory, "num-layers": layers,
-                                                              "memory-kwargs": json.dumps(memory_kwargs)}))
+    """Double DQN end to end, once it learns: steps per second, one update, acting for one step; medians."""
+    names = [name.split(":") for name in args.dqn]
+    commands = [
+        (f"dqn_recurrent_{script}", dqn_flags(args, script, memory)) for script, memory in names]
     for (script, memory), median in zip(names, in_turn(args, commands)):
-        digits = {"steps_per_second": 0, "update_ms": 1, "policy_us": 1}
-        append(args.out, {"script": script, "memory": memory, "layers": DQN_MEMORIES[memory][0], "length": args.length,
-                          "threads": args.threads, "n": args.repeats,
-                          **{k: f"{v:.{digits.get(k, 2)}f}" for k, v in median.items()}})
+        append(args.out, {
+            "script": script, "memory": memory, "layers": DQN_MEMORIES[memory][0],
+            "length": args.length, "threads": args.threads, "n": args.repeats,
+            "steps_per_second": f"{median['steps_per_second']:.0f}",
+            "update_ms": f"{median['update_ms']:.1f}", "policy_us": f"{median['policy_us']:.1f}",
+            **shares(median, lambda x: f"{x:.2f}")})
 
 
 def append(path, row):
-    """Print a row, and add it to a CSV file, if there is a path; the file gets its header with the first row."""
+    """Prints a row, and adds it to a CSV file, if there is a path; a new file begins with the header."""
     print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
     if path:
         new = not Path(path).exists()
@@ -308,16 +387,30 @@ def append(path, row):
             writer.writerow(row)
 
 
+def check(args):
+    """Refuses pairs script:memory of other scripts."""
+    known = {"ours": DQN_LENGTH, "dqn": DQN_LENGTH, "off_policy": OFF_POLICY}
+    for name, scripts in known.items():
+        for pair in getattr(args, name):
+            if pair.count(":") != 1 or pair.split(":")[0] not in scripts:
+                print(f"speed.py: --{name.replace('_', '-')} {pair} must be script:memory, with one of "
+                      f"{', '.join(scripts)}", file=sys.stderr)
+                sys.exit(2)
+
+
 def main():
     args = tyro.cli(Args)
-    for flag, names, scripts in (("ours", args.ours, ("sbb", "tbb")), ("dqn", args.dqn, ("sbb", "tbb")),
-                                 ("off-policy", args.off_policy, tuple(OFF_POLICY))):
-        if wrong := [name for name in names if name.split(":")[0] not in scripts or name.count(":") != 1]:
-            print(f"speed.py: --{flag} {wrong[0]} must be script:memory, with one of {', '.join(scripts)}", file=sys.stderr)
-            sys.exit(2)
-    way = (run_sb3 if args.child else time_layers if args.memories else time_dqn if args.dqn
-           else time_off_policy if args.off_policy else time_ppo)
-    way(args)
+    check(args)
+    if args.child:
+        run_sb3(args)
+    elif args.memories:
+        time_layers(args)
+    elif args.dqn:
+        time_dqn(args)
+    elif args.off_policy:
+        time_off_policy(args)
+    else:
+        time_ppo(args)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""What truncated backpropagation does: the gradient that a cue gets, against its distance.   python benchmark/truncation.py
+"""What truncated backpropagation does: the gradient that a cue gets, against its distance.
 
-One rollout, one long episode, one agent; the value of every step is asked how strongly it pulls on the input d steps earlier.
-ppo_recurrent_sbb.py's segments of L = 4, 8, 16 let the gradient through up to the segment's edge: with distance ever fewer
-steps have the cue in their own segment, and none from L on. Whole episodes, cut or on the tape (ppo_recurrent_tbb.py), let all
-of it through. The values themselves are the same everywhere: the stored state carries the past forward.
-Writes benchmark/results/truncation.csv and .png.
+    python benchmark/truncation.py
+
+One rollout, one long episode, one agent. How strongly does the value of a step pull on the input d steps
+earlier? ppo_recurrent_sbb.py's segments of L = 4, 8, 16 let the gradient through up to the segment's edge.
+The longer the distance, the fewer steps have the cue in their own segment, and from L on none has. Whole
+episodes, cut or on the tape (ppo_recurrent_tbb.py), let all of it through. The values themselves are the same
+everywhere: the stored state carries the past forward. Writes benchmark/results/truncation.csv and .png.
 """
 import csv
 import sys
@@ -27,34 +29,58 @@ import ppo_recurrent_tbb as tbb  # noqa: E402
 class Args:
     memories: tuple[str, ...] = ("lstm", "lru")  # untrained ones
     lengths: tuple[int, ...] = (4, 8, 16)  # L
-    steps: int = 104  # T, steps of the episode; T - distance a multiple of every L: all places in a segment count alike
+    # T - distance is a multiple of every L: all places in a segment count alike
+    steps: int = 104  # T, steps of the episode
     distance: int = 40  # the largest distance shown
     out: str = str(ROOT / "benchmark/results")  # where truncation.csv and .png go
 
 
-def gradients(memory, L, T):
-    """|d value_t / d x_s| of every pair of steps, [T, T], and the values [T]. L: segment length, -1 whole, None the tape."""
+def make_agent(script, memory):
+    """An untrained agent, the same for both scripts."""
     torch.manual_seed(0)
-    script = tbb if L is None else sbb
-    agent = script.Agent(gym.spaces.Box(-1, 1, (4,), np.float32), gym.spaces.Discrete(2),
-                         script.Args(memory=memory, hidden_size=32, num_layers=1))
+    observation_space = gym.spaces.Box(-1, 1, (4,), np.float32)
+    args = script.Args(memory=memory, hidden_size=32, num_layers=1)
+    return script.Agent(observation_space, gym.spaces.Discrete(2), args)
+
+
+def values_on_tape(memory, x, starts):
+    """[T] the values of all steps, computed on one tape.   x [T, 1, F]; starts [T, 1]"""
+    agent = make_agent(tbb, memory)
+    _, values, _ = agent((x,), agent.memory.initial_state(1), starts)           # [T, 1]
+    return values[:, 0]
+
+
+def values_in_segments(memory, x, starts, L):
+    """[T] the values of all steps, computed in segments of L steps, from stored states."""
+    agent, states = make_agent(sbb, memory), []
+    state = agent.memory.initial_state(1)
+    with torch.no_grad():                                   # acting stores the state before each step
+        for t in range(len(x)):
+            states.append(state)
+            _, _, state = agent((x[t : t + 1],), state, starts[t : t + 1])
+    when, col, mask = sbb.cut_segments(starts, L)           # [L, S], [S], [L, S]
+    state = tuple(torch.stack(s)[when[0], col] for s in zip(*states))
+    _, values, _ = agent((x[when[mask], 0],), state, starts[when, col] & mask, mask)        # [M]
+    return torch.zeros(len(x)).index_put((when[mask],), values)
+
+
+def gradients(memory, L, T):
+    """|d value_t / d x_s| of all pairs of steps, [T, T], and the values [T].
+
+    L: steps of a segment; -1: whole episodes; None: the tape
+    """
+    torch.manual_seed(0)
     x, starts = torch.randn(T, 1, 4, requires_grad=True), torch.zeros(T, 1, dtype=torch.bool)
     starts[0] = True
-    first = agent.memory.initial_state(1)
     if L is None:
-        _, values, _ = agent((x,), first, starts)                               # [T, 1]
+        values = values_on_tape(memory, x, starts)
     else:
-        states, state = [], first
-        with torch.no_grad():                                                   # acting stores the state before each step
-            for t in range(T):
-                states.append(state)
-                _, _, state = agent((x[t : t + 1],), state, starts[t : t + 1])
-        when, col, mask = sbb.cut_segments(starts, T if L == -1 else L)
-        state = tuple(torch.stack(s)[when[0], col] for s in zip(*states))
-        _, values, _ = agent((x[when[mask], 0],), state, starts[when, col] & mask, mask)
-        values = torch.zeros(T).index_put((when[mask],), values)[:, None]       # [T, 1] back in order
-    rows = [torch.autograd.grad(v, x, retain_graph=True)[0].norm(dim=-1)[:, 0] for v in values[:, 0]]
-    return torch.stack(rows), values[:, 0].detach()
+        values = values_in_segments(memory, x, starts, T if L == -1 else L)
+    pairs = []
+    for value in values:
+        gradient, = torch.autograd.grad(value, x, retain_graph=True)            # [T, 1, F]
+        pairs.append(gradient.norm(dim=-1)[:, 0])
+    return torch.stack(pairs), values.detach()
 
 
 def by_distance(pairs, distance):
@@ -65,25 +91,26 @@ def by_distance(pairs, distance):
 def main(argv=None):
     args = tyro.cli(Args, args=argv)
     torch.set_num_threads(1)
-    import matplotlib
-
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    plt.switch_backend("Agg")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    figure, axes = plt.subplots(1, len(args.memories), figsize=(4 * len(args.memories), 3), layout="constrained", squeeze=False)
+    columns = len(args.memories)
+    figure, axes = plt.subplots(
+        1, columns, figsize=(4 * columns, 3), layout="constrained", squeeze=False)
+    arms = {f"SBB, L = {L}": L for L in args.lengths} | {"SBB, whole": -1, "TBB": None}
     with (out / "truncation.csv").open("w", newline="") as f:
         writer = csv.writer(f)
         writer.writerow(("memory", "arm", *range(args.distance + 1)))
         for memory, axis in zip(args.memories, axes[0]):
-            arms = {f"SBB, L = {L}": L for L in args.lengths} | {"SBB, whole": -1, "TBB": None}
             for arm, L in arms.items():
-                curve = by_distance(gradients(memory, L, args.steps)[0], args.distance)
+                pairs, _ = gradients(memory, L, args.steps)
+                curve = by_distance(pairs, args.distance)
                 writer.writerow((memory, arm, *(f"{y:.4g}" for y in curve)))
-                line, = axis.semilogy([y or float("nan") for y in curve], label=arm, alpha=0.4 if arm == "SBB, whole" else 1,
-                                      linewidth=3 if arm == "SBB, whole" else 1.2)
-                if L in args.lengths:                                           # from here on: zero
+                below = {"alpha": 0.4, "linewidth": 3} if L == -1 else {"linewidth": 1.2}   # under TBB's
+                line, = axis.semilogy([y or float("nan") for y in curve], label=arm, **below)
+                if L in args.lengths:                       # from here on: zero
                     axis.axvline(L, color=line.get_color(), linestyle=":", linewidth=1)
             axis.set(title=memory, xlabel="distance of the cue, steps", ylabel="mean |d value / d cue|")
     axes[0][-1].legend(frameon=False, fontsize=8)

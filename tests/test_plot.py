@@ -62,23 +62,23 @@ def draw(tmp_path):
 
 
 def test_an_entry_gives_curves_a_line_a_seed_and_figures(tmp_path, draw):
-    readme = (ROOT / "README.md").read_text()
     write_run(tmp_path / "runs/one__1", "eval/episodic_return", [0, "", 0.25, 0.5, 0.25])
     write_run(tmp_path / "runs/one__2", "eval/episodic_return", range(-1000, 0))
     write_run(tmp_path / "runs/one__3", "eval/episodic_return", [1, 1])
-    (tmp_path / "runs/one__3/finished").unlink()                                # still running, or stopped
+    (tmp_path / "runs/one__3/finished").unlink()            # still running, or stopped
     out = draw()
     first, second = rows_of(out / "table.csv")
-    assert (first["steps_to_level"], first["seconds_to_level"], first["best"], first["last"]) == ("400", "1.5", "0.5", "0.25")
-    assert (second["steps_to_level"], second["best"], second["last"], second["steps"]) == ("", "-1", "-1", "100000")
+    of_level = "steps_to_level", "seconds_to_level", "best", "last", "steps"
+    assert [first[name] for name in of_level] == ["400", "1.5", "0.5", "0.25", "500"]
+    assert [second[name] for name in of_level] == ["", "", "-1", "-1", "100000"]
     rows = rows_of(out / "one.csv")
-    assert [row["value"] for row in rows if row["seed"] == "1"] == ["0", "0.25", "0.5", "0.25"]        # empty: not measured
-    assert 100 <= len([row for row in rows if row["seed"] == "2"]) <= 101 and rows[-1]["global_step"] == "100000"
+    assert [row["value"] for row in rows if row["seed"] == "1"] == ["0", "0.25", "0.5", "0.25"]
+    assert 100 <= len([row for row in rows if row["seed"] == "2"]) <= 101
+    assert rows[-1]["global_step"] == "100000"
     assert (out / "one.png").stat().st_size and (out / "one.svg").stat().st_size
-    assert (ROOT / "README.md").read_text() == readme                           # which speaks of the committed results only
 
 
-def test_a_partial_rerun_replaces_its_seeds_and_what_has_no_values_yet_is_named(tmp_path, draw, capsys):
+def test_a_partial_rerun_replaces_its_seeds_and_runs_without_values_are_named(tmp_path, draw, capsys):
     write_run(tmp_path / "runs/one__1", "eval/episodic_return", [0, 1])
     write_run(tmp_path / "runs/one__2", "eval/episodic_return", [0, 2])
     before = draw()
@@ -87,25 +87,36 @@ def test_a_partial_rerun_replaces_its_seeds_and_what_has_no_values_yet_is_named(
     write_run(tmp_path / "runs/one__2", "eval/episodic_return", [0, 3, 4])
     write_run(tmp_path / "runs/one__3", "eval/episodic_return", ["", ""])
     write_run(tmp_path / "runs/begun", "charts/episodic_return", [])
-    write_run(tmp_path / "runs/one", "charts/success", [1])                     # somebody's run, not the entry's
+    write_run(tmp_path / "runs/one", "charts/success", [1])     # somebody's run, not the entry's
     out = draw()
     assert {(row["entry"], row["seed"], row["last"]) for row in rows_of(out / "table.csv")} == {
         ("one", "1", "1"), ("one", "2", "4"), ("one (not an entry)", "1", "1")}
-    assert [row["value"] for row in rows_of(out / "one.csv")] == [row["value"] for row in kept] + ["0", "3", "4"]
+    values = [row["value"] for row in rows_of(out / "one.csv")]
+    assert values == [row["value"] for row in kept] + ["0", "3", "4"]
     error = capsys.readouterr().err
-    assert "one__3" in error and "begun" in error and error.count("left out") == 2 and not (out / "begun.csv").exists()
+    assert "one__3" in error and "begun" in error and error.count("left out") == 2
+    assert not (out / "begun.csv").exists()
 
 
+def test_entries_keep_their_place_in_the_table_and_new_ones_come_last(tmp_path, draw):
+    """So the order of the published table does not depend on the names of the task files."""
+    write_run(tmp_path / "runs/theirs__1", "charts/success", [1])
+    draw()
+    for name in ("one__10", "one__2", "also__1"):
+        write_run(tmp_path / "runs" / name, "eval/episodic_return", [1])
+    order = [(row["entry"], row["seed"]) for row in rows_of(draw() / "table.csv")]
+    assert order == [("theirs", "1"), ("one", "2"), ("one", "10"), ("also", "1")]
 def test_a_grid_is_drawn_from_its_csv_files_alone(tmp_path, draw):
     for task, score in (("easy", 1), ("hard", 0.5)):
         for batching, gain in (("sbb", 0), ("tbb", 0.2)):
             for seed in (1, 2):
-                write_run(tmp_path / f"runs/many__{task}__lru__{batching}__{seed}", "charts/episodic_return",
-                          [0, score + gain + seed / 100])
+                run = tmp_path / f"runs/many__{task}__lru__{batching}__{seed}"
+                write_run(run, "charts/episodic_return", [0, score + gain + seed / 100])
     out = draw()
     for suffix in ("png", "svg"):
         assert {path.stem for path in out.glob(f"*.{suffix}")} == {"many", "many-seconds", "many-aggregate"}
-    assert [float(row["iqm"]) for row in rows_of(out / "many-aggregate.csv")] == pytest.approx([0.765, 0.965])
+    means = [float(row["iqm"]) for row in rows_of(out / "many-aggregate.csv")]
+    assert means == pytest.approx([0.765, 0.965])
     kept = {path.name: path.read_bytes() for path in out.iterdir()}
     shutil.rmtree(tmp_path / "runs")
     for path in [*out.glob("*.png"), *out.glob("*.svg"), out / "many-aggregate.csv"]:
@@ -129,7 +140,8 @@ def test_runs_of_others_by_their_tensorboard_events(tmp_path, draw):
     (tmp_path / "runs/not-a-run").mkdir()
     out = draw()
     rows = rows_of(out / "CartPole-v1__ppo.csv")
-    assert [float(row["value"]) for row in rows if row["seed"].startswith("2")] == [0, 30, 60, 90, 120]
+    values = [float(row["value"]) for row in rows if row["seed"].startswith("2")]
+    assert values == [0, 30, 60, 90, 120]
     assert {path.name for path in out.glob("*.png")} == {"CartPole-v1__ppo.png"}
 
 
@@ -137,16 +149,19 @@ def test_no_runs_is_one_sentence(tmp_path, draw, capsys):
     with pytest.raises(SystemExit) as stop:
         draw()
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and "--runs-dir" in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+    assert stop.value.code == 2 and "--runs-dir" in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_interquartile_mean_and_its_interval():
     assert plot.iqm(np.array([100.0, 1, 2, 3, 4, 5, 6, -100])) == 3.5
-    rows = [{"task": task, "memory": "lru", "batching": arm, "seed": str(seed), "last": str(centre + seed)}
-            for arm, centre in (("sbb", 0.0), ("tbb", 10.0)) for task in "abcd" for seed in range(3)]
-    sbb, tbb = plot.aggregate(rows)
-    assert float(sbb["low"]) < float(sbb["iqm"]) == 1.0 < float(sbb["high"]) < 3 < float(tbb["low"]) < float(tbb["iqm"]) == 11.0
-    certain, = plot.aggregate([row | {"last": row["task"].translate({97: "1", 98: "2", 99: "3", 100: "4"})} for row in rows
-                               if row["batching"] == "sbb"])                    # tasks differ, seeds do not: nothing to draw
-    assert certain["low"] == certain["iqm"] == certain["high"] == "2.500"
-    assert len(plot.aggregate(rows[1:-3])) == 1                                 # the second arm lacks a task
+    rows = [
+        {"task": task, "memory": "lru", "batching": arm, "seed": str(seed), "last": str(centre + seed)}
+        for arm, centre in (("sbb", 0.0), ("tbb", 10.0)) for task in "abcd" for seed in range(3)]
+    sbb, tbb = ([float(arm[name]) for name in ("low", "iqm", "high")] for arm in plot.aggregate(rows))
+    assert sbb == sorted(sbb) and tbb == sorted(tbb)
+    assert sbb[1] == 1.0 and sbb[2] < 3 < tbb[0] and tbb[1] == 11.0
+    assert len(plot.aggregate(rows[1:-3])) == 1             # the second arm lacks a task
+    same = [row | {"last": {"a": "1", "b": "2", "c": "3", "d": "4"}[row["task"]]} for row in rows]
+    for arm in plot.aggregate(same):                        # tasks differ, seeds do not: nothing to draw
+        assert arm["low"] == arm["iqm"] == arm["high"] == "2.500"

@@ -1,6 +1,10 @@
-"""benchmark/run.py: entries become runs, whatever happens in between. On a stand-in for the scripts, which starts at once;
-test_walk.py and the gate run it on the real ones."""
+"""benchmark/run.py: entries become runs, whatever happens in between.
+
+On a stand-in for the scripts, which starts at once; test_readme.py and the gate run it on the real ones.
+"""
+import collections
 import csv
+import re
 import shlex
 import signal
 import subprocess
@@ -11,6 +15,9 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.helpers import wait_for
+
+sys.path.insert(0, str(ROOT / "benchmark"))
+from run import cells_of, entries  # noqa: E402
 
 SCRIPT = """
 import argparse, json, pathlib, signal, sys, time
@@ -37,20 +44,18 @@ for step in range(begin + 1, int(args.steps) + 1):
     checkpoint.with_suffix(".tmp").replace(checkpoint)
 print(f"done at step {args.steps}")
 """
-TASKS = """
+SMALL = """
 [quick]
 command = "python {script} --steps {steps} --pause 0.05"
-suite = "small"
 seeds = [1, 2]
-
+"""
+OTHERS = """
 [broken]
 command = "python {script} --steps 2 --pause 0 {wrong}"
-suite = "others"
 seeds = [3]
 
 [grid]
 command = "python {script} --steps 2 --pause 0 --task {{task}} --memory {{memory}}"
-suite = "others"
 seeds = [1]
 
 [grid.grid.task]
@@ -66,54 +71,102 @@ lru = "lru"
 def start(tmp_path):
     """Starts run.py on the entries above."""
     def start(*flags, steps=3, wrong="--wrong 1"):
-        script, tasks = tmp_path / "fake.py", tmp_path / f"{steps}{wrong}.toml"
-        script.write_text(SCRIPT)
-        tasks.write_text(TASKS.format(script=script, steps=steps, wrong=wrong))
-        command = [sys.executable, "benchmark/run.py", "--tasks", tasks, "--runs-dir", tmp_path / "runs", *flags]
-        return subprocess.Popen([str(x) for x in command], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))  # as a script's background job
+        script, tasks = tmp_path / "fake.py", tmp_path / f"tasks {steps} {wrong}"
+        if not tasks.exists():                              # another runner may be reading it
+            script.write_text(SCRIPT)
+            tasks.mkdir()
+            for suite, text in (("small", SMALL), ("others", OTHERS)):
+                (tasks / f"{suite}.toml").write_text(text.format(script=script, steps=steps, wrong=wrong))
+        folders = ["--tasks", tasks, "--runs-dir", tmp_path / "runs"]
+        command = [sys.executable, "benchmark/run.py", *folders, *flags]
+        return subprocess.Popen(
+            [str(x) for x in command], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            preexec_fn=ignore_ctrl_c)
 
     return start
+
+
+def ignore_ctrl_c():
+    """As the shell of a script does to its background jobs."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def rows_of(folder):
     return list(csv.reader((folder / "progress.csv").open()))
 
 
+def files_of(folder):
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+@pytest.mark.quick
+def test_the_commands_of_benchmark_tasks_give_no_flag_twice_and_leave_no_placeholder():
+    for name, entry in entries().items():
+        flags = collections.Counter(word for word in shlex.split(entry["command"]) if word.startswith("--"))
+        assert not [flag for flag, n in flags.items() if n > 1], name
+        assert not re.findall(r"{[\w-]+}", entry["command"]), name
+
+
+@pytest.mark.quick
+def test_a_grid_fills_placeholders():
+    grid = {"length": {"10": {"steps": "99"}, "20": {"steps": "199"}},
+            "memory": {"gru": "gru", "lru": """lru --memory-kwargs '{"a": {length}}'"""}}
+    command = """python x.py --env-kwargs '{"n": {length}}' --memory {memory} --steps {steps}"""
+    cells = cells_of("t", {"command": command, "grid": grid, "seeds": [1]})
+    assert list(cells) == ["t__10__gru", "t__10__lru", "t__20__gru", "t__20__lru"]
+    cell = cells["t__20__lru"]
+    assert shlex.split(cell["command"]) == [
+        "python", "x.py", "--env-kwargs", '{"n": 20}', "--memory", "lru", "--memory-kwargs", '{"a": 20}',
+        "--steps", "199"]
+    assert (cell["seeds"], cell["cell"]) == ([1], ["20", "lru"])
+
+
+@pytest.mark.quick
+def test_entries_of_a_folder_and_of_one_file(tmp_path):
+    for suite in "ab":
+        (tmp_path / f"{suite}.toml").write_text(f'[{suite}1]\ncommand = "python {suite}.py"\n')
+    both = {name: entry["suite"] for name, entry in entries(tmp_path).items()}
+    assert both == {"a1": "a", "b1": "b"} and list(entries(tmp_path / "b.toml")) == ["b1"]
+
+
 def test_dry_run_prints_the_exact_commands(start, tmp_path):
     out, _ = start("--dry-run", "--suite", "others", "--only", "grid").communicate()
-    assert out.splitlines() == [f"python {tmp_path}/fake.py --steps 2 --pause 0 --task Repeat{task} --memory lru --seed 1"
-                                for task in ("First", "Previous")]
+    begin, end = f"python {tmp_path}/fake.py --steps 2 --pause 0 --task", "--memory lru --seed 1"
+    assert out.splitlines() == [f"{begin} RepeatFirst {end}", f"{begin} RepeatPrevious {end}"]
     out, _ = start("--dry-run", "--seeds", "7", "8", "--only", "quick").communicate()
     assert [shlex.split(line)[-2:] for line in out.splitlines()] == [["--seed", "7"], ["--seed", "8"]]
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("flags, says", [
-    ("--suite elephant", "small, others"), ("--suite small --only broken", "--only broken"), ("", "--suite small, others"),
-    ("--suite small --workers 0", "--workers 0")])
+    ("--suite elephant", "others, small"), ("--suite small --only broken", "--only broken"),
+    ("", "--suite others, small"), ("--suite small --workers 0", "--workers 0"),
+    ("--suite small --tasks nowhere", "--tasks nowhere")])
 def test_bad_input(start, tmp_path, flags, says):
     process = start(*flags.split())
     _, error = process.communicate()
-    assert process.returncode == 2 and says in error and error.count("\n") == 1 and not (tmp_path / "runs").exists()
+    assert process.returncode == 2 and says in error and error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_killed_suite_completes_only_what_is_missing(start, tmp_path):
-    """Killed without warning, then with: finished runs are left alone, the other goes on, no row is lost and none twice."""
+    """Killed without warning, then with: finished runs are left alone, the other continues, no row is lost or
+    written twice."""
     runs = tmp_path / "runs"
     assert start("--suite", "small", "--seeds", "2").wait() == 0
     untouched = {path: path.stat().st_mtime_ns for path in (runs / "quick__2").iterdir()}
-    runner = start("--suite", "small", steps=200)                               # more steps, but seed 2 has finished
+    runner = start("--suite", "small", steps=200)           # more steps, but seed 2 has finished
     wait_for(runs / "quick__1" / "checkpoint.pt")
-    runner.kill()                                                               # what it started goes on
+    runner.kill()                                           # what it started continues
     runner.communicate()
     second, third = start("--suite", "small", steps=200), start("--suite", "small", steps=200)
-    time.sleep(3)                                                               # they wait for it
+    time.sleep(3)                                           # they wait for it
     assert not (runs / "quick__1" / "finished").exists()
     second.terminate()
     second.communicate()
     out, error = third.communicate()
-    assert second.returncode == 130 and third.returncode == 0 and "quick__1: finished" in out, out + error
+    assert (second.returncode, third.returncode) == (130, 0), out + error
+    assert "quick__1: finished" in out
     assert "1 finished before, 1 finished" in out
     assert [row[0] for row in rows_of(runs / "quick__1")] == ["global_step", *map(str, range(1, 201))]
     assert untouched == {path: path.stat().st_mtime_ns for path in (runs / "quick__2").iterdir()}
@@ -134,13 +187,15 @@ def test_ctrl_c_lets_the_runs_save_and_the_next_start_resumes_them(start, tmp_pa
     out, _ = start("--suite", "small", steps=steps).communicate()
     assert "2 finished" in out
     for seed in reached:
-        assert [int(row[0]) for row in rows_of(tmp_path / f"runs/quick__{seed}")[1:]] == list(range(1, steps + 1))
+        _, *rows = rows_of(tmp_path / f"runs/quick__{seed}")
+        assert [int(row[0]) for row in rows] == list(range(1, steps + 1))
 
 
-def test_what_was_killed_before_its_first_checkpoint_begins_anew(start, tmp_path):
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(start, tmp_path):
     (tmp_path / "runs/quick__1").mkdir(parents=True)
     (tmp_path / "runs/quick__1/args.json").write_text("{}")
-    assert start("--suite", "small", "--seeds", "1").wait() == 0 and (tmp_path / "runs/quick__1/finished").exists()
+    assert start("--suite", "small", "--seeds", "1").wait() == 0
+    assert (tmp_path / "runs/quick__1/finished").exists()
 
 
 def test_a_failed_run_is_named_left_and_retried(start, tmp_path):
@@ -149,7 +204,8 @@ def test_a_failed_run_is_named_left_and_retried(start, tmp_path):
     assert runner.returncode == 1 and "broken__3: failed" in out and "--wrong is wrong" in out
     runner = start("--only", "broken", wrong="")
     out, _ = runner.communicate()
-    assert runner.returncode == 1 and "--retry" in out and "is wrong" in out and not (tmp_path / "runs/broken__3").exists()
+    assert runner.returncode == 1 and "--retry" in out and "is wrong" in out
+    assert not (tmp_path / "runs/broken__3").exists()
     assert start("--only", "broken", "--retry", wrong="").wait() == 0
     assert (tmp_path / "runs/broken__3/finished").exists()
     assert "1 finished before" in start("--only", "broken").communicate()[0]
@@ -163,19 +219,22 @@ def test_ray_gives_the_same_files_and_brings_back_what_is_interrupted(start, tmp
     assert runner.returncode == 0, out + error
     for seed in (1, 2):
         local, ray = tmp_path / "runs" / f"quick__{seed}", tmp_path / "ray" / f"quick__{seed}"
-        assert {p.name: p.read_text() for p in local.iterdir()} == {p.name: p.read_text() for p in ray.iterdir()}
-        assert (ray / "finished").exists() and (tmp_path / "ray" / f"quick__{seed}.log").read_text() == "done at step 3\n"
+        assert files_of(local) == files_of(ray)
+        assert (ray / "finished").exists()
+        assert (tmp_path / "ray" / f"quick__{seed}.log").read_text() == "done at step 3\n"
     runner = start("--suite", "small", "--seeds", "5", "--executor", "ray", steps=10_000)
-    while not any(process_of("fake.py")):
+    while not processes_of("fake.py"):
         time.sleep(0.1)
     time.sleep(2)
     runner.send_signal(signal.SIGINT)
     out, error = runner.communicate()
     assert runner.returncode == 130, out + error
     reached = int(rows_of(tmp_path / "runs/quick__5")[-1][0])
-    assert 0 < reached < 10_000 and (tmp_path / "runs/quick__5.log").read_text() == f"interrupted at step {reached}\n"
-    assert not any(process_of("fake.py"))
+    assert 0 < reached < 10_000
+    assert (tmp_path / "runs/quick__5.log").read_text() == f"interrupted at step {reached}\n"
+    assert not processes_of("fake.py")
 
 
-def process_of(name):
-    return subprocess.run(["pgrep", "-f", f"python[^ ]* [^ ]*{name} --steps 10000"], capture_output=True).stdout.split()
+def processes_of(name):
+    command = ["pgrep", "-f", f"python[^ ]* [^ ]*{name} --steps 10000"]
+    return subprocess.run(command, capture_output=True).stdout.split()

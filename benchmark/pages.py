@@ -1,0 +1,336 @@
+"""Fill the generated parts of README.md and docs/*.md from committed files.   python benchmark/pages.py
+
+A generated part stands between <!-- NAME --> and <!-- /NAME -->:
+
+    <!-- NAME -->              the table of the grid NAME, from benchmark/results/NAME-table.csv
+    <!-- NAME-aggregate -->    its interquartile means, from benchmark/results/NAME-aggregate.csv
+    others                     see TABLES and WRITTEN at the end
+
+A marker in front of a code block names the block, for the tests; nothing is generated there. Run this after
+plot.py --out benchmark/results, after ship.py, and after a change of a known-bug note.
+"""
+import csv
+import importlib
+import re
+import shlex
+import statistics
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import tyro
+from run import ROOT, entries
+
+sys.path.insert(0, str(ROOT))
+
+RESULTS = ROOT / "benchmark/results"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+OPENING = re.compile(r"^<!-- ([^/\s]\S*) -->\n(?!```)", re.MULTILINE)
+NOTE = re.compile(r"^ *# (KNOWN BUG|PITFALL|DEVIATION)\b((?:.*\n)(?: *#  .*\n)*)", re.MULTILINE)
+NOT_AXES = "seed", "last", "steps", "seconds"  # columns of a grid's table
+
+# what works, for somebody who decides within a minute: (entry, its task, its level if it is of a grid)
+WORKS = (
+    ("poc-gru", "PocMemory", None),
+    ("cartpole", "CartPole without velocities", None),
+    ("minigrid-symbolic", "MinigridMemory as symbols", None),
+    ("default", "RepeatPrevious, 4 steps back", None),
+    ("repeat-previous-medium", "RepeatPrevious, 32 steps back", None),
+    ("visual-match-60", "Visual Match, 60 steps", None),
+    ("key-to-door-60", "Key-to-Door, 60 steps", None),
+    ("tmaze-length__250__dqn__mingru", "T-Maze, 250 steps", 1.0),
+    ("tmaze-length__1500__dqn__mingru", "T-Maze, 1,500 steps", 1.0),
+    ("count-input-sac", "CountInput, the last 10 bits", None),
+    ("pendulum-masked-sac", "Pendulum without velocity", None),
+)
+MEASURED = {
+    "return": "return", "success": "success", "eval": "greedy return", "eval-success": "greedy success"}
+
+
+def fail(message):
+    sys.exit(f"pages.py: {message}")
+
+
+def rows_of(path):
+    with path.open() as f:
+        return list(csv.DictReader(f))
+
+
+def different(rows, column):
+    """The values of a column, each once, in the order in which they appear."""
+    return list(dict.fromkeys(row[column] for row in rows))
+
+
+def markdown(header, rows):
+    """A table.   header: names; rows: lists of as many cells"""
+    lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
+    rule = "|" + "---|" * len(header)
+    return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
+
+
+def from_to(numbers, form):
+    """The range of some numbers in words: "1,000 to 2,000"."""
+    low, high = f"{min(numbers):{form}}", f"{max(numbers):{form}}"
+    return low if low == high else f"{low} to {high}"
+
+
+def entries_table(rows):
+    """table.csv: a line an entry."""
+    header = "entry", "solved at", "seeds that reach it", "environment steps to it", "at the end"
+    cells = []
+    for name in different(rows, "entry"):
+        runs = [row for row in rows if row["entry"] == name]
+        steps = [int(row["steps_to_level"]) for row in runs if row["steps_to_level"]]
+        last = from_to([float(row["last"]) for row in runs], ".4g")
+        lengths = " or ".join(f"{n:,}" for n in sorted({int(row["steps"]) for row in runs}))
+        cells.append([
+            f"`{name}`", f"{runs[0]['measure']} >= {runs[0]['level']}",
+            f"{len(steps)} of {len(runs)}", from_to(steps, ",") if steps else "-",
+            f"{last} after {lengths} steps"])
+    return markdown(header, cells)
+
+
+def models_table(rows):
+    """models.csv: the trained agents, each with the command that plays it."""
+    header = "agent", "task", "memory", "trained for", "return", "success"
+    cells = []
+    for row in rows:
+        command = f"`python {row['script']}.py --model benchmark/models/{row['entry']}.safetensors`"
+        success = "-" if row["success"] == "nan" else row["success"]
+        cells.append([
+            command, row["task"], row["memory"], f"{int(row['steps']):,} steps",
+            f"{row['return']} ± {row['std']}", success])
+    return markdown(header, cells)
+
+
+def grid_table(rows):
+    """A grid: a column each value of the last axis; the mean of the seeds ± half their range."""
+    *axes, last = [name for name in rows[0] if name not in NOT_AXES]
+    columns, scores = different(rows, last), {}
+    for row in rows:
+        line = scores.setdefault(tuple(row[axis] for axis in axes), {})
+        line.setdefault(row[last], []).append(float(row["last"]))
+    cells = []
+    for names, line in scores.items():
+        most = max(map(len, line.values()))                 # seeds; a cell with fewer says how many
+        cells.append([*names, *(mean_cell(line.get(column), most) for column in columns)])
+    return markdown([*axes, *columns], cells)
+
+
+def mean_cell(scores, most):
+    if not scores:
+        return "-"
+    half_range = f" ± {(max(scores) - min(scores)) / 2:.2f}" if len(scores) > 1 else ""
+    fewer = f" (n = {len(scores)})" if len(scores) < most else ""
+    return f"{statistics.mean(scores):.2f}{half_range}{fewer}"
+
+
+def aggregate_table(rows):
+    """Interquartile means with their intervals: a column each value of the last axis."""
+    first, last = list(rows[0])[:2]
+    columns, cells = different(rows, last), []
+    for name in different(rows, first):
+        line = {row[last]: row for row in rows if row[first] == name}
+        cells.append([name, *(interval_cell(line.get(column)) for column in columns)])
+    return markdown([first, *columns], cells)
+
+
+def interval_cell(row):
+    if row is None:
+        return "-"
+    mean, low, high = (float(row[name]) for name in ("iqm", "low", "high"))
+    return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def memory_of(row):
+    return row["memory"] + (" x 2" if row["layers"] == "2" else "")
+
+
+def shares_of(row):
+    """What policy, env, batch and update took."""
+    phases = "policy", "env", "batch", "update"
+    return ", ".join(f"{float(row[f'share_{phase}']):.0%}" for phase in phases)
+
+
+def speed_table(rows):
+    """speed.csv: our PPO against RecurrentPPO."""
+    header = ("task", "script, memory", "threads", "ours, steps/s", "RecurrentPPO, steps/s", "ratio",
+              "policy, env, batch, update")
+    cells = []
+    for row in rows:
+        task = row["task"] + (" (two LSTMs)" if row["separate_lstm"] == "True" else "")
+        cells.append([
+            task, f"{row['script']}, {memory_of(row)}", row["threads"], f"{int(row['ours']):,}",
+            f"{int(row['sb3']):,}", row["ratio"], shares_of(row)])
+    return markdown(header, cells)
+
+
+def dqn_speed_table(rows):
+    """dqn-speed.csv: the DQN pair."""
+    header = ("task", "script, memory", "steps/s", "an update, ms", "acting, us a step",
+              "policy, env, batch, update")
+    cells = []
+    for row in rows:
+        task = "RepeatPrevious" if row["length"] == "0" else f"T-Maze {row['length']}"
+        cells.append([
+            task, f"{row['script']}, {memory_of(row)}", f"{int(row['steps_per_second']):,}",
+            row["update_ms"], row["policy_us"], shares_of(row)])
+    return markdown(header, cells)
+
+
+def off_policy_speed_table(rows):
+    """off-policy-speed.csv: SAC, TD3 and DQN against stable-baselines3's, where there is one."""
+    header = ("script, memory", "ours, steps/s", "SB3 without memory, steps/s", "ratio",
+              "a gradient step: ours, ms", "SB3, ms", "policy, env, batch, update")
+    cells = []
+    for row in rows:
+        sb3, ratio, sb3_ms = "-", "-", "-"
+        if row["algorithm"]:
+            sb3, ratio, sb3_ms = f"{row['algorithm']}, {int(row['sb3']):,}", row["ratio"], row["sb3_ms"]
+        cells.append([
+            f"{row['script']}, {row['memory']}", f"{int(row['ours']):,}", sb3, ratio, row["ours_ms"],
+            sb3_ms, shares_of(row)])
+    return markdown(header, cells)
+
+
+def layers_table(rows):
+    """layers.csv: a column each shape, milliseconds."""
+    shapes = list(dict.fromkeys(f"[{row['T']}, {row['B']}, {row['H']}], ms" for row in rows))
+    cells = []
+    for layer in different(rows, "layer"):
+        cells.append([f"`{layer}`", *(row["ms"] for row in rows if row["layer"] == layer)])
+    return markdown(["layer", *shapes], cells)
+
+
+def works():
+    """What works: the lines of WORKS."""
+    header = "task", "script, memory", "solved at", "seeds that reach it", "environment steps to it"
+    known, cells = entries(), []
+    for name, task, level in WORKS:
+        entry = known[name]
+        level = entry.get("level", level)
+        steps = first_steps(name, entry, level)
+        solved = [n for n in steps if n is not None]
+        script, memory = script_and_memory(entry["command"])
+        cells.append([
+            task, f"`{script}`, {memory}", f"{MEASURED[entry['measure']]} {level:g}",
+            f"{len(solved)} of {len(steps)}", from_to(solved, ",") if solved else "-"])
+    return markdown(header, cells)
+
+
+def first_steps(name, entry, level):
+    """For every seed the steps at which it reached the level first; None if it did not."""
+    if not entry["cell"]:
+        rows = [row for row in rows_of(RESULTS / "table.csv") if row["entry"] == name]
+        return [int(row["steps_to_level"]) if row["steps_to_level"] else None for row in rows]
+    cell, steps = dict(zip(entry["grid"], entry["cell"])), {}
+    for row in rows_of(RESULTS / f"{entry['group']}.csv"):
+        if cell.items() <= row.items():
+            steps.setdefault(row["seed"], None)
+            if steps[row["seed"]] is None and float(row["value"]) >= level:
+                steps[row["seed"]] = int(row["global_step"])
+    return list(steps.values())
+
+
+def script_and_memory(command):
+    _, script, *argv = shlex.split(command)
+    module = importlib.import_module(Path(script).stem)
+    return script, tyro.cli(module.Args, args=argv).memory
+
+
+class Note(NamedTuple):
+    kind: str
+    what: str  # its first clause, and where it was found
+    symptom: str
+    file: str
+    tests: list
+
+
+def notes():
+    """The notes in scripts, models/ and envs/."""
+    for folder in (".", "models", "envs"):
+        for path in sorted((ROOT / folder).glob("*.py")):
+            file = str(path.relative_to(ROOT))
+            for kind, text in NOTE.findall(path.read_text()):
+                text = re.sub(r"\n *# *", " ", text).strip()         # one line
+                form = re.fullmatch(r"(\(.*?\))?: (.*)", text)
+                if not form:
+                    fail(f"{file}: this note has another form than `# KNOWN BUG (where): what. ...`: {text}")
+                where, text = form.groups()
+                what = re.split(r"; |(?<!\.)\. ", text)[0]  # "..." does not end a clause
+                symptom = re.search(r"Symptom: (.*?)\.? (?:Here|Test):", text)
+                yield Note(
+                    kind, f"{what} {where}" if where else what, symptom[1] if symptom else "-", file,
+                    re.findall(r"test_\w+\.py::test_\w+", text))
+
+
+def known_bugs():
+    """The index of all notes: a table a kind. A note that stands in several files is one line."""
+    found, out = list(notes()), []
+    for kind in ("KNOWN BUG", "PITFALL", "DEVIATION"):
+        cells = []
+        for what in dict.fromkeys(note.what for note in found if note.kind == kind):
+            same = [note for note in found if (note.kind, note.what) == (kind, what)]
+            files = dict.fromkeys(f"`{note.file}`" for note in same)
+            tests = dict.fromkeys(f"`{test}`" for note in same for test in note.tests)
+            symptom = escaped(same[0].symptom)
+            cells.append([escaped(what), symptom, ", ".join(files), ", ".join(tests)])
+        table = markdown(["what", "symptom", "where", "test"], cells)
+        out.append(f"## {kind.capitalize()}s\n\n{table}")
+    return "\n".join(out)
+
+
+def escaped(text):
+    return text.replace("|", r"\|")
+
+
+TABLES = {                                                  # {name: (file, function of its rows)}
+    "results": (RESULTS / "table.csv", entries_table),
+    "models": (ROOT / "benchmark/models/models.csv", models_table),
+    "speed": (RESULTS / "speed.csv", speed_table),
+    "dqn-speed": (RESULTS / "dqn-speed.csv", dqn_speed_table),
+    "off-policy-speed": (RESULTS / "off-policy-speed.csv", off_policy_speed_table),
+    "layers": (RESULTS / "layers.csv", layers_table),
+}
+WRITTEN = {"works": works, "known-bugs": known_bugs}        # made of more than one file
+
+
+def part(name):
+    """The text between <!-- name --> and <!-- /name -->."""
+    if name in WRITTEN:
+        return WRITTEN[name]()
+    if name in TABLES:
+        path, table = TABLES[name]
+    elif name.endswith("-aggregate"):
+        path, table = RESULTS / f"{name}.csv", aggregate_table
+    else:
+        path, table = RESULTS / f"{name}-table.csv", grid_table
+    if not path.exists():
+        fail(f"<!-- {name} --> names nothing that can be generated: there is no {path.relative_to(ROOT)}")
+    return table(rows_of(path))
+
+
+def filled(text):
+    """The text with its generated parts made again."""
+    pieces = []
+    while opening := OPENING.search(text):
+        name, closing = opening[1], f"<!-- /{opening[1]} -->\n"
+        before, after = text[: opening.end()], text[opening.end() :]
+        if closing not in after:
+            fail(f"<!-- {name} --> has no <!-- /{name} --> after it, and no code block")
+        pieces += [before, part(name), closing]
+        text = after.split(closing, 1)[1]
+    return "".join([*pieces, text])
+
+
+def main():
+    for page in PAGES:
+        before = page.read_text()
+        after = filled(before)
+        if after != before:
+            page.write_text(after)
+            print(f"wrote {page.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

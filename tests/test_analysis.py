@@ -1,0 +1,192 @@
+"""The programs in benchmark/ that compute something: the return as a monoid, horizon, truncation, speed."""
+import csv
+import dataclasses
+import importlib
+import statistics
+import sys
+
+import gymnasium as gym
+import pytest
+import safetensors.torch
+import torch
+
+import ppo_recurrent_tbb as tbb
+from models.flags import parse
+from tests.conftest import ROOT
+from tests.helpers import spy
+
+sys.path.insert(0, str(ROOT / "benchmark"))
+import discounted_return  # noqa: E402
+import horizon  # noqa: E402
+import speed  # noqa: E402
+import truncation  # noqa: E402
+
+
+def test_the_four_ways_agree_and_a_wrong_one_is_named(monkeypatch):
+    def never_reset(op):
+        return lambda left, right: (right[0], op(left[1], right[1]))
+
+    discounted_return.check()
+    monkeypatch.setattr(discounted_return, "resettable", never_reset)
+    with pytest.raises(SystemExit, match="associative scan differs .* ending an episode"):
+        discounted_return.check()
+
+
+def test_discounted_return_writes_its_table_and_plot(tmp_path, capsys):
+    args = discounted_return.Args(lengths=(10, 40), repeats=1, max_seconds=0.0, out=str(tmp_path))
+    rows = discounted_return.measure(args)
+    assert rows[0]["linear scan"] > 0 and rows[1]["linear scan"] is None  # slower than max_seconds: given up
+    discounted_return.write(rows, tmp_path)
+    assert (tmp_path / "discounted_return.png").exists() and "40" in capsys.readouterr().out
+    table = list(csv.DictReader((tmp_path / "discounted_return.csv").open()))
+    assert [row["length"] for row in table] == ["10", "40"]
+    assert set(discounted_return.WAYS) < set(table[0])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    args = tbb.Args(
+        env_id="popgym-RepeatPreviousEasy-v0", num_envs=4, num_steps=16, total_timesteps=64, hidden_size=8,
+        mlp_size=8, runs_dir=str(tmp_path_factory.mktemp("runs")), run_name="run", device="cpu")
+    return tbb.train(args, {}) / "model.safetensors"
+
+
+def test_horizon_of_a_known_memory_and_none_across_a_start():
+    """A memory that halves its state: gradients halve with every step back, and stop at a start."""
+    class Halving(torch.nn.Module):
+        def initial_state(self, batch_size):
+            return (torch.zeros(batch_size, 3),)
+
+        def forward(self, x, state, start):
+            (h,), ys = state, []
+            for x_t, start_t in zip(x, start):
+                h = 0.5 * h.masked_fill(start_t[:, None], 0) + x_t
+                ys.append(h)
+            return torch.stack(ys), (h,)
+
+    agent = torch.nn.Module()
+    agent.memory, agent.policy = Halving(), torch.nn.Module()
+    agent.policy_hidden, agent.policy.linear = torch.nn.Linear(3, 2), torch.nn.Linear(2, 2)
+    agent.value_hidden, agent.value = torch.nn.Linear(3, 2), torch.nn.Linear(2, 1)
+    for layer in (agent.policy_hidden, agent.policy.linear, agent.value_hidden, agent.value):
+        torch.nn.init.ones_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+    x, start = torch.rand(20, 1, 3), torch.zeros(20, 1, dtype=torch.bool)
+    start[[0, 8]] = True
+    value, policy = horizon.sensitivity(agent, x, start, [7, 15])
+    expected = 2 * 3**0.5 * 0.5 ** torch.arange(8.0)        # both episodes have 8 steps up to the target
+    torch.testing.assert_close(value[:8], expected)
+    torch.testing.assert_close(policy[:8], expected)
+    assert value[8:].isnan().all() and policy[8:].isnan().all()
+
+
+@pytest.mark.parametrize("memory", ["lru", "lstm", "mingru"])
+def test_horizons_gradients_are_finite_differences_and_zero_across_a_start(memory):
+    torch.manual_seed(0)
+    args = tbb.Args(memory=memory, hidden_size=4, mlp_size=8, num_layers=1)
+    agent = tbb.Agent(gym.spaces.Discrete(3), gym.spaces.Discrete(2), args).double()
+    x, start = torch.rand(10, 1, 3, dtype=torch.float64), torch.zeros(10, 1, dtype=torch.bool)
+    start[[0, 4]] = True
+    (norms,) = horizon.gradients(agent, x, start, [8])      # [2, T]
+    assert (norms[:, :4] == 0).all() and (norms[:, 9:] == 0).all() and (norms[:, 4:9] > 0).all()
+    epsilon, numeric = 1e-6, torch.zeros(2, 10, 3, dtype=torch.float64)
+    for s in range(10):
+        for i in range(3):
+            dx = torch.zeros_like(x)
+            dx[s, 0, i] = epsilon
+            with torch.no_grad():
+                high = torch.stack(horizon.outputs(agent, x + dx, start))[:, 8]
+                low = torch.stack(horizon.outputs(agent, x - dx, start))[:, 8]
+            numeric[:, s, i] = (high - low) / (2 * epsilon)
+    torch.testing.assert_close(norms, numeric.norm(dim=-1), rtol=1e-5, atol=1e-8)
+
+
+def test_horizon_of_a_wrong_file_or_flag_is_one_sentence(tmp_path, model, capsys):
+    """A file may name our scripts only: any other name is not imported."""
+    metadata = {"script": "antigravity", "args": "{}"}
+    safetensors.torch.save_file({"x": torch.zeros(1)}, tmp_path / "other", metadata)
+    wrong_files = ["--model", str(tmp_path / "none")], ["--model", str(tmp_path / "other")]
+    wrong_flags = (
+        ["--steps", "0"], ["--out", str(model / "folder")], ["--sweep", "k"], ["--sweep", "k", "two"],
+        ["--sweep", "wrong", "2"], ["--sweep", "env-id", "PocMemory-v0"])
+    for argv in (*wrong_files, *(["--model", str(model), *flags] for flags in wrong_flags)):
+        with pytest.raises(SystemExit) as stop:
+            horizon.main(argv)
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and said.count("\n") == 1 and "--" in said, (argv, said)
+    assert "antigravity" not in sys.modules
+
+
+def test_horizon_report_and_sweep(tmp_path, model):
+    horizon.main(["--model", str(model), "--steps", "60", "--targets", "4", "--out", str(tmp_path)])
+    rows = list(csv.DictReader((tmp_path / "horizon.csv").open()))
+    assert [int(row["k"]) for row in rows] == list(range(len(rows)))
+    assert 10 < len(rows) <= 51                             # episodes of 51 steps
+    assert all(float(row["value"]) > 0 and float(row["policy"]) > 0 for row in rows)
+    tasks = "popgym-RepeatFirstEasy-v0", "popgym-RepeatPreviousEasy-v0"
+    for sweep in (["env-id", *tasks], ["k", "2", "4"]):
+        flags = ["--episodes", "16", "--out", str(tmp_path)]
+        horizon.main(["--model", str(model), "--sweep", *sweep, *flags])
+        rows = list(csv.DictReader((tmp_path / "sweep.csv").open()))
+        assert [row[sweep[0]] for row in rows] == sweep[1:]
+        assert all(-1 <= float(row["return"]) <= 1 for row in rows)
+    assert (tmp_path / "horizon.png").exists() and (tmp_path / "sweep.png").exists()
+
+
+@pytest.mark.parametrize("memory", ["lstm", "lru"])
+def test_truncation_cuts_gradients_and_nothing_else(memory):
+    T = 24
+    tape, values = truncation.gradients(memory, None, T)
+    whole, values_whole = truncation.gradients(memory, -1, T)
+    torch.testing.assert_close(whole, tape)
+    t, s = torch.arange(T)[:, None], torch.arange(T)
+    assert (tape[s <= t] > 0).all() and (tape[s > t] == 0).all()
+    cut, values_cut = truncation.gradients(memory, 8, T)
+    torch.testing.assert_close((values_whole, values_cut), (values, values))
+    same_segment = t // 8 == s // 8
+    torch.testing.assert_close(cut, torch.where(same_segment, tape, 0.0))
+
+
+def test_truncation_by_distance(tmp_path):
+    sizes = ["--lengths", "4", "--steps", "24", "--distance", "10"]
+    truncation.main(["--memories", "lru", *sizes, "--out", str(tmp_path)])
+    _, *lines = csv.reader((tmp_path / "truncation.csv").open())
+    rows = {arm: [float(x) for x in curve] for _, arm, *curve in lines}
+    assert rows["TBB"] == rows["SBB, whole"] and min(rows["TBB"]) > 0
+    assert min(rows["SBB, L = 4"][:4]) > 0 and max(rows["SBB, L = 4"][4:]) == 0
+
+
+def test_truncation_by_default_gives_all_places_in_a_segment_the_same_weight():
+    """If all gradients are 1, the mean at d is the share of a segment's places with d steps before."""
+    args = truncation.Args()
+    t, s = torch.arange(args.steps)[:, None], torch.arange(args.steps)
+    for L in args.lengths:
+        pairs = ((t // L == s // L) & (s <= t)).double()
+        expected = [max(0.0, 1 - d / L) for d in range(args.distance + 1)]
+        assert truncation.by_distance(pairs, args.distance) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", speed.OFF_POLICY)
+def test_off_policy_runs_of_speed_train_as_often_and_on_as_many_steps_as_it_says(
+        name, tmp_path, monkeypatch):
+    """stable-baselines3 is given these numbers; ours must come to them by its own flags."""
+    _, steps, gradient_steps, _, algorithm, transitions = speed.OFF_POLICY[name]
+    script = importlib.import_module(name)
+    flags = speed.off_policy_flags(speed.Args(), name, "none")
+    args, _ = parse(script.Args, name, speed.argv(flags))
+    script.check(args)
+    samples = []
+    if hasattr(script, "SequenceReplay"):                   # which has no charts/transitions
+        samples = spy(monkeypatch, script.SequenceReplay, "sample")
+    args = dataclasses.replace(
+        args, total_timesteps=speed.LEARNING_STARTS + 9 * steps, log_every=steps, hidden_size=8, mlp_size=8,
+        runs_dir=str(tmp_path), device="cpu")
+    folder = script.train(args, {})
+    rows = list(csv.DictReader((folder / "progress.csv").open()))
+    rows = [row for row in rows if int(row["global_step"]) > speed.LEARNING_STARTS]
+    first, *_, last = (float(row["charts/gradient_steps"]) for row in rows)
+    assert last - first == pytest.approx(gradient_steps * (len(rows) - 1), abs=1)
+    if algorithm:
+        counted = [call.result.real.sum().item() for call in samples]
+        counted = counted or [float(row["charts/transitions"]) for row in rows]
+        assert statistics.mean(counted) == pytest.approx(transitions, rel=0.02)
