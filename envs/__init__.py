@@ -6,6 +6,7 @@ one. The tasks of POPGym, MiniGrid and Memory Gym keep their own names. No algor
 import os
 
 os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+os.environ.setdefault("SDL_NO_SIGNAL_HANDLERS", "1")  # else pygame takes SIGTERM for itself
 
 import gymnasium as gym  # noqa: E402
 import minigrid  # noqa: E402, F401  (registers MiniGrid-*)

@@ -1,6 +1,7 @@
 """Making environments, as every script needs them: a vector of N that counts its episodes."""
 import collections
 import functools
+import importlib
 import json
 
 import gymnasium as gym
@@ -9,7 +10,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 
 from envs.batch import BatchEnv
-from envs.wrappers import PreviousActionReward, ResetOptions
+from envs.wrappers import Guest, Guests, PreviousActionReward, ResetOptions
 from models.flags import fail, refused_in_one_sentence
 
 
@@ -39,23 +40,33 @@ def make_vector(args, num_envs, training, render_mode):
     #   Test: test_envs.py::test_environments_differ.
     autoreset = AutoresetMode.SAME_STEP if training else AutoresetMode.DISABLED
     kwargs, options = args.env_kwargs, args.reset_options
-    spec = gym.make(args.env_id, **kwargs).spec
-    if spec.vector_entry_point and not options and not render_mode:
-        envs = gym.make_vec(args.env_id, num_envs, **kwargs)    # made for the batch: many times faster
-        if isinstance(envs, BatchEnv):
-            envs.metadata["autoreset_mode"] = autoreset
-        if envs.metadata["autoreset_mode"] == autoreset:    # other people's support one mode only
-            return envs
+    env_id = import_module_of(args.env_id)
+    ours = str(gym.spec(env_id).vector_entry_point).startswith("envs.")
+    if ours and not options and not render_mode:
+        return gym.make_vec(env_id, num_envs, autoreset_mode=autoreset, **kwargs)
     if render_mode:
         kwargs = {**kwargs, "render_mode": render_mode}
-    wrappers = [functools.partial(ResetOptions, options=options)] if options else []
-    mode = {"autoreset_mode": autoreset}
-    return gym.make_vec(args.env_id, num_envs, "sync", mode, wrappers, **kwargs)
+    wrappers = [] if ours else [Guest]                      # with Guests, in place of Gymnasium's checker
+    if options:
+        wrappers.append(functools.partial(ResetOptions, options=options))
+    envs = gym.make_vec(
+        env_id, num_envs, "sync", {"autoreset_mode": autoreset}, wrappers, disable_env_checker=True, **kwargs)
+    return envs if ours else Guests(envs)
+
+
+def import_module_of(env_id):
+    """module:id -> id, as gym.make understands it; the module registers it."""
+    module, _, name = env_id.rpartition(":")
+    if module:
+        importlib.import_module(module)
+    return name
 
 
 def make_rendered(args, render_mode):
     """One environment that waits for reset() and draws itself.   render_mode "auto": text, if there is any"""
-    modes = make_envs(args, 1, training=False).metadata.get("render_modes", [])
+    envs = make_envs(args, 1, training=False)
+    modes = envs.metadata.get("render_modes", [])
+    envs.close()
     if render_mode == "auto":
         render_mode = "ansi" if "ansi" in modes else "none"
     by_us = render_mode == "none" or (render_mode == "human" and "rgb_array" in modes)

@@ -1,7 +1,91 @@
-"""Wrappers around tasks: fixed reset options; previous action and reward as observations."""
+"""Wrappers around tasks: other people's at the door, fixed reset options, previous action and reward."""
 import gymnasium as gym
 import numpy as np
-from gymnasium.vector.utils import batch_space
+from gymnasium.vector import AutoresetMode
+from gymnasium.vector.utils import batch_space, concatenate, create_empty_array
+
+from models.encoder import leaves
+from models.flags import fail
+
+
+class Guest(gym.Wrapper):
+    """One of other people's environments: what it does to its arrays and infos later does not reach us.
+
+    An episode's last observation is a copy (the others are copied into the batch anyway). Of the infos only
+    `success` or `is_success` of an episode's last step comes in. reset() gets options=None, no empty dict.
+    """
+
+    def reset(self, *, seed=None, options=None):
+        obs, _ = self.env.reset(seed=seed, options=options or None)
+        return obs, {}
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        if terminated or truncated:
+            return deep_copy(obs), reward, bool(terminated), bool(truncated), whether_success(info)
+        return obs, reward, False, False, {}
+
+
+class Guests(gym.vector.VectorWrapper):
+    """Names an observation or a reward that no network can take: nan, inf, integers outside their space.
+
+    What is observed after a death may be anything: it is never looked at.
+    """
+
+    def reset(self, *, seed=None, options=None):
+        self.steps = 0
+        obs, infos = self.env.reset(seed=seed, options=options)
+        self.check(obs, np.ones(self.num_envs, bool))
+        return obs, infos
+
+    def step(self, actions):
+        obs, rewards, terminated, truncated, infos = self.env.step(actions)
+        self.steps += 1
+        self.refuse(~np.isfinite(rewards), rewards, "gave the reward")
+        same_step = self.env.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP
+        self.check(obs, same_step | ~terminated)
+        for n in np.flatnonzero(truncated & ~terminated) if same_step else ():
+            last_obs = create_empty_array(self.single_observation_space, n=1)
+            last_obs = concatenate(self.single_observation_space, [infos["final_obs"][n]], last_obs)
+            self.check(last_obs, np.ones(1, bool))
+        return obs, rewards, terminated, truncated, infos
+
+    def check(self, obs, looked_at):
+        space = self.single_observation_space
+        for leaf_space, leaf in zip(leaves(space), leaves(space, obs), strict=True):
+            rows = np.asarray(leaf).reshape(len(looked_at), -1)
+            if isinstance(leaf_space, (gym.spaces.Discrete, gym.spaces.MultiDiscrete)):
+                first = np.asarray(leaf_space.start).reshape(1, -1)
+                sizes = leaf_space.n if isinstance(leaf_space, gym.spaces.Discrete) else leaf_space.nvec
+                outside = (rows < first) | (rows >= first + np.asarray(sizes).reshape(1, -1))
+            elif np.issubdtype(rows.dtype, np.floating):
+                outside = ~np.isfinite(rows)
+            else:
+                continue
+            self.refuse(outside.any(1) & looked_at, leaf, f"left its space {leaf_space} with")
+
+    def refuse(self, rows, values, what):
+        if rows.any():
+            n = np.flatnonzero(rows)[0]
+            where = f"in environment {n} after {self.steps} steps"
+            fail(f"--env-id {self.env.spec.id} {what} {values[n]} {where}")
+
+
+def deep_copy(obs):
+    if isinstance(obs, dict):
+        return {name: deep_copy(leaf) for name, leaf in obs.items()}
+    if isinstance(obs, tuple):
+        return tuple(map(deep_copy, obs))
+    return np.array(obs)
+
+
+def whether_success(info):
+    """{"success": 0.0 or 1.0, or a share}, or {} where the task does not say it in one number."""
+    for name in ("success", "is_success"):
+        value = np.asarray(info.get(name))
+        if value.dtype.kind in "biuf" and value.size == 1 and np.isfinite(value).all():
+            return {"success": float(value.item())}
+    return {}
 
 
 class ResetOptions(gym.Wrapper):
@@ -26,9 +110,10 @@ class PreviousActionReward(gym.vector.VectorWrapper):
         super().__init__(envs)
         space, parts = envs.single_action_space, [envs.single_observation_space]
         if action and isinstance(space, gym.spaces.Discrete):
-            parts.append(gym.spaces.Discrete(space.n + 1, start=space.start - 1))
+            parts.append(gym.spaces.Discrete(int(space.n) + 1, start=int(space.start) - 1))
         elif action and isinstance(space, gym.spaces.MultiDiscrete):
-            parts.append(gym.spaces.MultiDiscrete(space.nvec + 1, start=space.start - 1))
+            nvec, start = space.nvec.astype(np.int64), space.start.astype(np.int64)         # uint8 has no -1
+            parts.append(gym.spaces.MultiDiscrete(nvec + 1, start=start - 1))
         elif action:
             parts.append(space)
         if reward:
@@ -37,7 +122,7 @@ class PreviousActionReward(gym.vector.VectorWrapper):
         if isinstance(space, gym.spaces.Box):
             self.no_action = np.zeros(space.shape, space.dtype)
         else:
-            self.no_action = space.start - 1
+            self.no_action = np.asarray(space.start, np.int64) - 1
         self.last_actions = np.stack([self.no_action] * self.num_envs)
         self.last_rewards = np.zeros(self.num_envs)
         self.single_observation_space = gym.spaces.Tuple(parts)
@@ -59,7 +144,8 @@ class PreviousActionReward(gym.vector.VectorWrapper):
 
     def step(self, actions):
         obs, rewards, terminated, truncated, infos = self.env.step(actions)
-        self.last_actions, self.last_rewards = np.array(actions), np.array(rewards)
+        self.last_actions = np.array(actions, self.no_action.dtype)
+        self.last_rewards = np.array(rewards)
         for i in np.flatnonzero(infos.get("_final_obs", [])):               # obs[i] opens an episode
             final_obs = infos["final_obs"][i]
             infos["final_obs"][i] = self.join(final_obs, self.last_actions[i], self.last_rewards[i])

@@ -6,15 +6,17 @@ Anything else is refused in one sentence.
 import contextlib
 import dataclasses
 import json
-import sys
+import traceback
 import typing
 from pathlib import Path
 from typing import Annotated
 
-import safetensors
+import gymnasium as gym
 import torch
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
+
+from models.files import fail, read_checkpoint, read_model
 
 LAYOUT = "2"  # of model and checkpoint files; raised when what they hold changes
 
@@ -61,19 +63,17 @@ Json = Annotated[dict, json_complaint, PrimitiveConstructorSpec(
     is_instance=lambda x: isinstance(x, dict), str_from_instance=lambda x: [json.dumps(x)])]
 
 
-def fail(message):
-    """Bad input: one sentence, exit code 2."""
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
 @contextlib.contextmanager
 def refused_in_one_sentence(what):
     """Turns whatever somebody's task or memory raises into one sentence that names the flags."""
     try:
         yield
     except Exception as e:
-        fail(f"{what} does not work: {' '.join(str(e).split()) or type(e).__name__}")
+        message = " ".join(str(e).split())
+        if not message or not isinstance(e, (ValueError, RuntimeError, gym.error.Error)):   # not on purpose
+            place = traceback.extract_tb(e.__traceback__)[-1]
+            message = f"{type(e).__name__} {message} ({Path(place.filename).name}, line {place.lineno})"
+        fail(f"{what} does not work: {message}")
 
 
 def pick_device(name):
@@ -139,13 +139,3 @@ def load(flag, path, read, script):
         fail(f"{flag} {path} was made by an older version of {script}.py and cannot be continued by this "
              "one: train again, or continue it with that version")
     return saved
-
-
-def read_model(path):
-    """Weights and flags of a model file. safetensors holds numbers and text: it cannot run code."""
-    with safetensors.safe_open(path, "pt") as f:
-        return {**f.metadata(), "agent": {name: f.get_tensor(name) for name in f.keys()}}
-
-
-def read_checkpoint(run):
-    return torch.load(Path(run) / "checkpoint.pt", map_location="cpu", weights_only=True)

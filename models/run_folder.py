@@ -14,6 +14,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -23,6 +24,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from models.files import lock, refused_if_the_disk_does, rows_until, write
 from models.flags import LAYOUT, fail, pick_device, refused_in_one_sentence
 
 LAPS = "policy", "env", "batch", "update", "log"  # what the time of a run is spent on
@@ -43,21 +45,23 @@ class Run:
         except OSError as e:
             fail(f"--run-name {name} cannot be made in --runs-dir {args.runs_dir} ({e.strerror}); "
                  f"choose another or --resume {self.folder}")
+        self.lock = lock(self.folder)
         if args.track:
             self.track(args)
         write(self.folder / "args.json", lambda path: path.write_text(self.args))
         self.progress = self.folder / "progress.csv"
-        if self.progress.exists():                  # rows after the checkpoint will be made again
-            header, *rows = self.progress.read_text().splitlines(keepends=True)
-            kept = [row for row in rows if int(row.split(",")[0]) <= self.last_step]
-            write(self.progress, lambda path: path.write_text("".join([header, *kept])))
+        if self.progress.exists():                          # rows after the checkpoint will be made again
+            kept = "".join(rows_until(self.last_step, self.progress.read_text()))
+            write(self.progress, lambda path: path.write_text(kept))
         self.writer = SummaryWriter(self.folder, purge_step=self.last_step + 1)
         self.writer.add_text("args", f"```\n{self.args}\n```")
         self.bar = tqdm(
             total=args.total_timesteps, initial=self.last_step, unit="step", dynamic_ncols=True)
         self.clock, self.spent = time.perf_counter(), dict.fromkeys(LAPS, 0.0)
-        self.interrupted = False
-        self.handler_before = signal.signal(signal.SIGINT, self.on_ctrl_c)
+        self.interrupted, self.handlers_before = False, {}
+        if threading.current_thread() is threading.main_thread():               # others get no signals
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers_before[number] = signal.signal(number, self.on_signal)
 
     def track(self, args):
         """Weights & Biases copies what TensorBoard gets; a resumed run continues as the same one."""
@@ -74,10 +78,15 @@ class Run:
             fail(f"--track: {' '.join(str(e).split())}; pip install wandb, wandb login or "
                  "WANDB_MODE=offline may help")
 
-    def on_ctrl_c(self, *_):
+    def on_signal(self, number, _):
         self.interrupted = True
-        signal.signal(signal.SIGINT, self.handler_before)
-        tqdm.write("Ctrl-C: finishing this update, then saving; a second one leaves at once")
+        self.restore_handlers()
+        name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        tqdm.write(f"{name}: finishing this update, then saving; a second one leaves at once")
+
+    def restore_handlers(self):
+        for number, handler in self.handlers_before.items():
+            signal.signal(number, handler)
 
     def lap(self, name):
         """The time since the last lap was spent on this."""
@@ -95,11 +104,11 @@ class Run:
         self.seconds += took
         row = {**row, "charts/SPS": (global_step - self.last_step) / took}
         row |= {f"time/{name}": value for name, value in self.spent.items()}
-        with self.progress.open("a", newline="") as f:
+        cells = ["" if value != value else f"{value:.6g}" for value in row.values()]
+        with refused_if_the_disk_does(self.progress), self.progress.open("a", newline="") as f:
             table = csv.writer(f, lineterminator="\n")
             if f.tell() == 0:
                 table.writerow(["global_step", "seconds", *row])
-            cells = ["" if value != value else f"{value:.6g}" for value in row.values()]
             table.writerow([global_step, f"{self.seconds:.3f}", *cells])
         measured = {tag: value for tag, value in row.items() if value == value}
         for tag, value in measured.items():
@@ -141,7 +150,8 @@ class Run:
                        "gradient step: the policy in training is not the one that acted")
 
     def finish(self):
-        signal.signal(signal.SIGINT, self.handler_before)
+        self.restore_handlers()
+        os.close(self.lock)
         self.bar.close()
         self.writer.close()
         how = "interrupted" if self.interrupted else "done"
@@ -150,13 +160,6 @@ class Run:
             print(f"continue:  python {self.script}.py --resume {self.folder}")
         print(f"watch it:  python {self.script}.py --model {self.folder / 'model.safetensors'}")
         return self.folder
-
-
-def write(path, save):
-    """Writes beside, then renames: whenever the process dies, `path` is the old or the new file, whole."""
-    beside = path.with_name(path.name + ".tmp")
-    save(beside)
-    os.replace(beside, path)
 
 
 def restore_random_generators(saved):

@@ -1,3 +1,5 @@
+"""What tests of several files need: one thread, the scripts by family, a script started as a user does."""
+import importlib
 import os
 import subprocess
 import sys
@@ -8,6 +10,18 @@ import torch
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
+PPO = "ppo_recurrent_sbb", "ppo_recurrent_tbb"
+DQN = "dqn_recurrent_sbb", "dqn_recurrent_tbb"
+DISCRETE_OFF_POLICY = *DQN, "sac_discrete_sbb"
+CONTINUOUS = "sac_gru", "td3_gru"
+OFF_POLICY = *DISCRETE_OFF_POLICY, *CONTINUOUS
+SCRIPTS = *PPO, *OFF_POLICY
+
+
+@pytest.fixture(params=SCRIPTS)
+def script(request):
+    """Each script in turn, as a module. A test for some of them parametrizes "script" with indirect."""
+    return importlib.import_module(request.param)
 
 
 @pytest.fixture

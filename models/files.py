@@ -1,0 +1,78 @@
+"""Files that are whole or not there: written beside and renamed, locked, checked, never run.
+
+Whatever fails says so in one sentence.
+"""
+import contextlib
+import os
+import sys
+import zipfile
+from pathlib import Path
+
+import safetensors
+import torch
+
+UMASK = os.umask(0o022)
+os.umask(UMASK)
+
+
+def fail(message):
+    """Bad input: one sentence, exit code 2."""
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def lock(folder):
+    """Refuses a folder that another process writes to. The lock ends with the process, however that ends."""
+    try:
+        import fcntl
+    except ImportError:                                     # Windows
+        return os.open(os.devnull, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"--resume {folder} is being written by another process: stop that one first")
+    return descriptor
+
+
+def rows_until(last_step, text):
+    """The lines of a progress.csv up to this step, without blank and torn ones."""
+    header, *rows = text.splitlines(keepends=True) or [""]
+    whole = [row for row in rows if row.endswith("\n") and row.count(",") == header.count(",") > 0]
+    return [header, *(row for row in whole if int(row.split(",")[0]) <= last_step)]
+
+
+def write(path, save):
+    """Writes beside, then renames: whenever the process dies, `path` is the old or the new file, whole."""
+    beside = path.with_name(path.name + ".tmp")
+    with refused_if_the_disk_does(path):
+        try:
+            save(beside)
+            os.chmod(beside, 0o666 & ~UMASK)                # safetensors: owner only
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def refused_if_the_disk_does(path):
+    try:
+        yield
+    except (OSError, RuntimeError, safetensors.SafetensorError) as e:       # of torch, of safetensors
+        why = " ".join(str(e).split())[:200]
+        fail(f"{path} cannot be written ({why}): what was there before is whole")
+
+
+def read_model(path):
+    """Weights and flags of a model file. safetensors holds numbers and text: it cannot run code."""
+    with safetensors.safe_open(path, "pt") as f:
+        return {**f.metadata(), "agent": {name: f.get_tensor(name) for name in f.keys()}}
+
+
+def read_checkpoint(run):
+    """What Run.save wrote. The file is a zip archive, with a checksum for each tensor in it."""
+    path = Path(run) / "checkpoint.pt"
+    with zipfile.ZipFile(path) as archive:
+        if archive.testzip():
+            raise ValueError("wrong checksum")
+    return torch.load(path, map_location="cpu", weights_only=True)
