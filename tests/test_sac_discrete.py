@@ -1,6 +1,6 @@
-"""sac_discrete_sbb.py: losses against their definition, who receives a gradient of which, temperature, learning.
+"""sac_discrete_sbb.py: what enters the replay, losses against their definition, temperature, learning.
 
-What it shares with dqn_recurrent_sbb.py (replay, stored states, target network) is tested with it in test_dqn.py.
+What it shares with dqn_recurrent_sbb.py (replay, stored states, target network) is tested in test_dqn.py.
 """
 import itertools
 import math
@@ -10,14 +10,42 @@ import pytest
 import torch
 
 import sac_discrete_sbb as script
-from models.heads import Categorical
+from models.distributions import Categorical
 from tests.helpers import column, run
-from tests.test_dqn import MINES, probed
+from tests.test_sac_td3 import NUMBERS, acted, check_what_enters_the_replay, watched
 
-SHARED = [(False, True), (True, True), (True, False)]                           # (shared_encoder, freeze_critic)
+MINES = dict(env_id="popgym-MineSweeperEasy-v0", env_kwargs={}, prev_action=True)   # two branches
+DISCRETE = dict(NUMBERS, env_kwargs={"discrete": True})  # some episodes terminate, others are truncated
+SHARED = [(False, True), (True, True), (True, False)]       # (shared_encoder, freeze_critic)
 NAMES = ["separate", "shared-frozen", "shared"]
 
 
+def as_published(**changes):
+    """The script's own flags."""
+    defaults = vars(script.Args())
+    kept = {name: value for name, value in defaults.items() if name not in ("run_name", "runs_dir", "device")}
+    return kept | changes
+
+
+# ---------------------------------------------------------------------- what acts
+
+@pytest.mark.quick
+def test_what_enters_the_replay_is_what_happened(tmp_path, monkeypatch):
+    check_what_enters_the_replay(
+        tmp_path, monkeypatch, script, to_env=lambda action: action[:, 0], **DISCRETE)
+
+
+@pytest.mark.quick
+def test_acting_forgets_where_an_episode_starts_and_nowhere_else(tmp_path, monkeypatch):
+    starts, entered = acted(tmp_path, monkeypatch, script, **DISCRETE)
+    assert len(starts) == len(entered) > 90
+    for start, now in zip(starts, entered):
+        assert start.tolist() == now.start.tolist() == (now.obs[0][:, 1] == 0).tolist()
+
+
+# ---------------------------------------------------------------------- losses and gradients
+
+@pytest.mark.quick
 def test_soft_value_is_the_expectation():
     """Against the average over many sampled actions."""
     torch.manual_seed(0)
@@ -27,80 +55,119 @@ def test_soft_value_is_the_expectation():
     torch.testing.assert_close(script.soft_value(policy, [q], 0.3)[0], sampled, atol=0.02, rtol=0)
 
 
+@pytest.mark.parametrize("task", [MINES, DISCRETE], ids=["two-branches", "truncated"])
 @pytest.mark.parametrize("shared_encoder, freeze_critic", SHARED, ids=NAMES)
-def test_losses_equal_their_definition(tmp_path, shared_encoder, freeze_critic):
-    """Episode by episode, step by step, action by action, from the networks as they were. Actions have two branches."""
-    seen, _ = probed(tmp_path, script, "            optimizer.zero_grad()\n",
-                     "(copy.deepcopy(agent), copy.deepcopy(target), seg_obs, actions, rewards, terminated, real, qf_loss, "
-                     "actor_loss, loss)", **MINES, memory="lru", seq_len=-1, tau=0.1, alpha=0.2, shared_encoder=shared_encoder,
-                     freeze_critic=freeze_critic)
+def test_losses_equal_their_definition(tmp_path, monkeypatch, shared_encoder, freeze_critic, task):
+    """Episode by episode, step by step, action by action, from the networks as they were."""
+    flags = dict(
+        task, memory="lru", seq_len=-1, tau=0.1, alpha=0.2, target_entropy=0.5,
+        shared_encoder=shared_encoder, freeze_critic=freeze_critic)
+    seen, _ = watched(tmp_path, monkeypatch, script, **flags)
     assert len(seen) > 20
-    for agent, target, obs, actions, rewards, terminated, real, qf_loss, actor_loss, loss in seen[::10]:
-        joint = torch.tensor(list(itertools.product(*map(range, agent.q1[-1].sizes))))      # every action [A, K]
-        errors, negative_values = [], []
+    for now in seen[::10]:
+        agent, target, batch = now.agent, now.target, now.batch
+        every_action = torch.tensor(list(itertools.product(*map(range, agent.q1[-1].sizes))))  # [A, K]
+        errors, policy_losses, entropies = [], [], []
+        alpha = agent.log_alpha.exp().item()
 
-        def soft_values(policy, q1, q2, t):
-            logp = sum(p.logp[t, 0, a] for p, a in zip(policy.branches, joint.T))           # [A]
-            q = sum(torch.minimum(x[t, 0, a], y[t, 0, a]) for x, y, a in zip(q1.branches, q2.branches, joint.T))
+        def of_every_action(policy, q1, q2, t):
+            logp = sum(p.logp[t, 0, a] for p, a in zip(policy.branches, every_action.T))    # [A]
+            pairs = zip(q1.branches, q2.branches, every_action.T)
+            q = sum(torch.minimum(x[t, 0, a], y[t, 0, a]) for x, y, a in pairs)
             assert abs(logp.exp().sum() - 1) < 1e-5
-            return (logp.exp() * (q - 0.2 * logp)).sum()
+            return logp, q
 
-        for b in range(real.shape[1]):
-            steps = int(real[:, b].sum())
-            piece, start = tuple(o[: steps + 1, [b]] for o in obs), torch.arange(steps + 1)[:, None] == 0
-            policy, q1, q2, _ = agent(piece, agent.memory.initial_state(1), start)
-            _, target_q1, target_q2, _ = target(piece, target.memory.initial_state(1), start)
+        for b in range(batch.real.shape[1]):
+            steps = int(batch.real[:, b].sum())
+            rows, start = slice(steps + 1), torch.arange(steps + 1)[:, None] == 0
+            obs, actions = [o[rows, [b]] for o in batch.obs], batch.actions[rows, [b]]
+            policy, q1, q2, _ = agent(obs, agent.memory.initial_state(1), start)
+            _, target_q1, target_q2, _ = target(obs, target.memory.initial_state(1), start)
             for t in range(steps):
-                y = rewards[t, b]
-                if not terminated[t, b]:
-                    y = y + 0.99 * soft_values(policy, target_q1, target_q2, t + 1)
-                errors += [(q.of(actions[: steps + 1, [b]])[t, 0] - y) ** 2 for q in (q1, q2)]
-                negative_values.append(-soft_values(policy, q1, q2, t))
-        assert len(negative_values) == real.sum()
-        torch.testing.assert_close(2 * torch.stack(errors).mean(), qf_loss, rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(torch.stack(negative_values).mean(), actor_loss, rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(torch.stack(errors).mean() + actor_loss, loss, rtol=1e-4, atol=1e-6)
+                y = batch.rewards[t, b]
+                if not batch.terminated[t, b]:
+                    logp, q = of_every_action(policy, target_q1, target_q2, t + 1)
+                    y = y + 0.99 * (logp.exp() * (q - alpha * logp)).sum()
+                errors += [(q.of(actions)[t, 0] - y.detach()) ** 2 for q in (q1, q2)]
+                logp, q = of_every_action(policy, q1, q2, t)
+                if freeze_critic:
+                    q = q.detach()
+                policy_losses.append(-(logp.exp() * (q - alpha * logp)).sum())
+                entropies.append(-(logp.exp() * logp).sum().item())
+        assert len(policy_losses) == batch.real.sum()
+        too_high = sum(entropies) / len(entropies) - 0.5 * math.log(len(every_action))
+        temperature_loss = agent.log_alpha.exp() * too_high
+        loss = torch.stack(errors).mean() + torch.stack(policy_losses).mean() + temperature_loss
+        expected = torch.autograd.grad(
+            loss, list(agent.parameters()), allow_unused=True, materialize_grads=True)
+        for gradient, g in zip(now.clipped[0], expected, strict=True):
+            torch.testing.assert_close(gradient, g, rtol=2e-3, atol=2e-5 * max(1, g.abs().max().item()))
 
 
 @pytest.mark.parametrize("memory", ["lstm", "gpt", "none"])
 @pytest.mark.parametrize("shared_encoder, freeze_critic", SHARED, ids=NAMES)
-def test_who_receives_a_gradient_of_which_loss(tmp_path, memory, shared_encoder, freeze_critic):
-    """Gradients of both losses to every part. A separate critic is out of the policy's reach; freezing takes the heads of a
-    shared one out of it, and leaves to the encoder just the gradient that comes through the policy."""
-    frozen = "-soft_value(policy, [torch.minimum(*q).detach() for q in zip(q1.branches, q2.branches)], alpha.detach())"
-    gradients = f"""[torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
-                     for loss in (qf_loss, actor_loss, {frozen}[real].mean())]"""
-    seen, _ = probed(tmp_path, script, "            optimizer.zero_grad()\n",
-                     f"([name for name, _ in agent.named_parameters()], {gradients}, target)", memory=memory,
-                     shared_encoder=shared_encoder, freeze_critic=freeze_critic)
-    parts = [set(), set()]                                                      # that the critics' and the policy's loss reach
-    for names, (critic, actor, frozen_actor), target in seen[2::4]:
-        for reached, grads in zip(parts, (critic, actor)):
-            reached |= {re.match(r"memory\.\d|\w+", name)[0] for name, g in zip(names, grads) if g.any()}
-        assert all(map(torch.equal, actor, frozen_actor)) == freeze_critic
-        assert not any(p.requires_grad or p.grad is not None for p in target.parameters())
-    assert parts[0] == ({"memory.0", "q1", "q2"} if shared_encoder else {"memory.1", "q1", "q2"})
-    assert parts[1] == {"memory.0", "policy"} | (set() if freeze_critic else {"q1", "q2"})
+def test_who_receives_a_gradient_of_which_loss(tmp_path, monkeypatch, memory, shared_encoder, freeze_critic):
+    """Each loss alone, the other one made constant. A separate critic is out of the policy's reach; freezing
+    takes the heads of a shared one out of it."""
+    def reached(name, replacement, of):
+        flags = dict(memory=memory, shared_encoder=shared_encoder, freeze_critic=freeze_critic, run_name=name)
+        with monkeypatch.context() as patch:
+            patch.setattr(of, name, replacement)
+            seen, _ = watched(tmp_path, monkeypatch, script, **flags)
+        parts = set()
+        for now in seen[2::4]:
+            names = [name for name, _ in now.agent.named_parameters()]
+            parts |= {re.match(r"memory\.\d|\w+", n)[0] for n, g in zip(names, now.clipped[0]) if g.any()}
+            assert not any(p.requires_grad for p in now.target.parameters())
+        return parts
+
+    soft_value, mse_loss = script.soft_value, torch.nn.functional.mse_loss
+    critics = reached("soft_value", lambda *args: soft_value(*args).detach(), script)
+    policy = reached("mse_loss", lambda *args: mse_loss(*args).detach(), torch.nn.functional)
+    assert critics == {"memory.0" if shared_encoder else "memory.1", "q1", "q2"}
+    assert policy == {"memory.0", "policy"} | (set() if freeze_critic else {"q1", "q2"})
+
+
+def test_burn_in_has_no_gradient_and_both_networks_burn_in_alone(tmp_path, monkeypatch):
+    states = []
+    forward = script.Agent.forward
+
+    def recording_forward(agent, obs, state, start):
+        if len(start) > 1:                                  # training, not acting
+            states.append((torch.is_grad_enabled(), len(start), state))
+        return forward(agent, obs, state, start)
+
+    monkeypatch.setattr(script.Agent, "forward", recording_forward)
+    run(tmp_path, script, burn_in=3, seq_len=5)
+    updates = [states[i:i + 4] for i in range(0, len(states), 4)]
+    assert len(updates) > 20
+    for burn_in, target_burn_in, online, of_target in updates[3:]:
+        assert [burn_in[:2], target_burn_in[:2]] == [(False, 3)] * 2
+        assert online[0] and not of_target[0]
+        assert not any(s.requires_grad for s in (*online[2], *of_target[2]))
+        assert all((a != b).any() for a, b in zip(online[2], of_target[2], strict=True))
 
 
 def test_critics_that_the_policy_reaches_promise_more_than_there_is(tmp_path):
     """T-Maze's best return is 1. With a shared encoder Q stays below it only if the critics are frozen."""
-    args = {name: value for name, value in vars(script.Args()).items() if name not in ("run_name", "runs_dir", "device")}
     q = {}
     for freeze in (True, False):
-        changes = dict(shared_encoder=True, freeze_critic=freeze, total_timesteps=4_000, run_name=str(freeze))
-        q[freeze] = column(run(tmp_path, script, **args | changes)[0], "losses/qf_values")[-1]
+        flags = as_published(
+            shared_encoder=True, freeze_critic=freeze, total_timesteps=4_000, run_name=str(freeze))
+        q[freeze] = column(run(tmp_path, script, **flags)[0], "losses/qf_values")[-1]
     assert q[True] < 0.5 and q[False] > 1.0
 
+
+# ---------------------------------------------------------------------- flags and learning
 
 def test_the_temperature_is_fixed_or_moves_entropy_to_its_target(tmp_path):
     rows, folder = run(tmp_path, script, alpha=0.2)
     assert column(rows, "losses/alpha") == pytest.approx([0.2] * len(rows))
     rows, _ = run(tmp_path, script, resume=str(folder), alpha=0.1, total_timesteps=4 * 32 * 4)
-    assert column(rows, "losses/alpha")[-1] == pytest.approx(0.1)               # the flag given now, not the saved one
+    assert column(rows, "losses/alpha")[-1] == pytest.approx(0.1)               # the flag given now
     for target_entropy, rises in ((0.1, False), (1.0, True)):
-        rows, _ = run(tmp_path, script, alpha=0.2, target_entropy=target_entropy, run_name=str(target_entropy),
-                      learning_rate=(1e-2,))
+        flags = dict(alpha=0.2, target_entropy=target_entropy, learning_rate=(1e-2,))
+        rows, _ = run(tmp_path, script, **flags, run_name=str(target_entropy))
         alphas, entropies = column(rows, "losses/alpha"), column(rows, "losses/entropy")
         assert (alphas == sorted(alphas)) == rises and (alphas == sorted(alphas, reverse=True)) != rises
         assert (entropies[0] < target_entropy * math.log(4) + 1e-6) == rises
@@ -108,6 +175,6 @@ def test_the_temperature_is_fixed_or_moves_entropy_to_its_target(tmp_path):
 
 def test_without_memory_the_cue_is_a_coin(tmp_path):
     """With it the same command gets 1.0: entry smoke-sac-discrete, which the gate runs."""
-    args = {name: value for name, value in vars(script.Args()).items() if name not in ("run_name", "runs_dir", "device")}
-    rows, _ = run(tmp_path, script, **{**args, "memory": "none", "eval_every": args["total_timesteps"] // 10})
+    every = script.Args().total_timesteps // 10
+    rows, _ = run(tmp_path, script, **as_published(memory="none", eval_every=every))
     assert float(rows[-1]["eval/success"]) <= 0.8

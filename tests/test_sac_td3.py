@@ -1,0 +1,775 @@
+"""sac_gru.py and td3_gru.py: what enters the replay, sequences, losses against their definition, learning."""
+import collections
+import copy
+import inspect
+import itertools
+import types
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sac_gru as sac
+import td3_gru as td3
+from envs.batch import BatchEnv, SingleEnv
+from envs.vector import make_envs
+from models import MEMORIES, SquashedGaussian
+from models.play import play
+from tests.helpers import column, run
+
+COUNT = dict(
+    env_id="CountInput-v0", env_kwargs={"episode_length": 11}, seq_len=6, batch_size=8, gamma=0.99,
+    policy_learning_starts=0)
+
+
+@pytest.fixture(params=[sac, td3], ids=lambda module: module.__name__)
+def script(request):
+    return request.param
+
+
+# ---------------------------------------------------------------------- tasks
+
+class CueBatch(BatchEnv):
+    """o_0 shows a cue of -1 or 1, once. The action at step 1 is paid at the last step: cue * action."""
+
+    def __init__(self, num_envs=1, length=4, **kwargs):
+        super().__init__(gym.spaces.Box(-1, 1, (1,)), gym.spaces.Box(-1, 1, (1,)), num_envs, **kwargs)
+        self.t, self.length = np.zeros(num_envs, int), length
+        self.cue, self.action = np.zeros(num_envs), np.zeros(num_envs)
+
+    def begin(self, rows):
+        self.t[rows], self.cue[rows] = 0, 2 * self.np_random.integers(2, size=len(rows)) - 1
+
+    def move(self, actions):
+        self.action = np.where(self.t == 1, actions[:, 0], self.action)
+        self.t = self.t + 1
+        ended, earned = self.t == self.length, self.cue * self.action
+        return ended * earned, ended, np.zeros_like(ended), earned > 0
+
+    def observe(self):
+        return np.where(self.t == 0, self.cue, 0)[:, None].astype(np.float32)
+
+
+class Cue(SingleEnv):
+    batch_class = CueBatch
+
+
+class NumbersBatch(BatchEnv):
+    """An observation is (episode, step), a reward 100 * episode + step. Episodes have 3 to 5 steps.
+
+    Even episodes terminate, odd ones are truncated.   discrete: actions are one of 3, otherwise a Box
+    """
+
+    def __init__(self, num_envs=1, discrete=False, **kwargs):
+        actions = gym.spaces.Discrete(3) if discrete else gym.spaces.Box(-2, 6, (1,))
+        super().__init__(gym.spaces.Box(0, np.inf, (2,)), actions, num_envs, **kwargs)
+        self.episode, self.t = np.full(num_envs, -1), np.zeros(num_envs, int)
+        self.got = []                                       # the actions of every step
+
+    def begin(self, rows):
+        self.episode[rows] += 1
+        self.t[rows] = 0
+
+    def move(self, actions):
+        self.got.append(np.array(actions))
+        reward = 100.0 * self.episode + self.t
+        self.t = self.t + 1
+        ended, even = self.t == 3 + self.episode % 3, self.episode % 2 == 0
+        return reward, ended & even, ended & ~even, None
+
+    def observe(self):
+        return np.stack([self.episode, self.t], axis=1).astype(np.float32)
+
+
+class Numbers(SingleEnv):
+    batch_class = NumbersBatch
+
+
+gym.register("Cue-v0", Cue, vector_entry_point=CueBatch)
+gym.register("Numbers-v0", Numbers, vector_entry_point=NumbersBatch)
+NUMBERS = dict(env_id="Numbers-v0", env_kwargs={}, prev_action=False)
+
+
+# ---------------------------------------------------------------------- what a run does, seen from outside
+
+def watched(tmp_path, monkeypatch, script, **changes):
+    """Trains, and returns one record a gradient step, and the rows of progress.csv. A record holds:
+
+    agent, target   copies of the networks as they were before the step
+    batch           what was drawn
+    random          the state of the generator after drawing
+    clipped         gradients before clipping: the critics' and then, if it learns, the policy's
+    late            the agent when the last of these was clipped
+    after           agent and target after the step
+    gradients       what is then left in .grad, by name
+    """
+    seen, made = [], {}
+    replay = getattr(script, "SequenceReplay", None) or script.Replay
+    sample, clip, make_agent = replay.sample, torch.nn.utils.clip_grad_norm_, script.make_agent
+
+    def recording_make_agent(*args):
+        made["agent"], device = make_agent(*args)
+        return made["agent"], device
+
+    def recording_deepcopy(x):
+        made["target"] = copy.deepcopy(x)
+        return made["target"]
+
+    def recording_sample(*args):
+        batch = sample(*args)
+        agent, target = copy.deepcopy((made["agent"], made["target"]))
+        seen.append(types.SimpleNamespace(
+            agent=agent, target=target, batch=batch, random=torch.get_rng_state(), clipped=[]))
+        return batch
+
+    def recording_clip(parameters, max_norm):
+        parameters = list(parameters)
+        seen[-1].clipped.append([zeros_for_none(p.grad, p).clone() for p in parameters])
+        seen[-1].late = copy.deepcopy(made["agent"])
+        return clip(parameters, max_norm)
+
+    class RecordingRun(script.Run):
+        def lap(self, name):
+            if name == "update":
+                seen[-1].after = copy.deepcopy((made["agent"], made["target"]))
+                parameters = made["agent"].named_parameters()
+                seen[-1].gradients = {name: copy.deepcopy(p.grad) for name, p in parameters}
+            super().lap(name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "make_agent", recording_make_agent)
+        patch.setattr(script, "copy", types.SimpleNamespace(deepcopy=recording_deepcopy))
+        patch.setattr(replay, "sample", recording_sample)
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", recording_clip)
+        patch.setattr(script, "Run", RecordingRun)
+        rows, _ = run(tmp_path, script, **changes)
+    return seen, rows
+
+
+def zeros_for_none(gradient, parameter):
+    return torch.zeros_like(parameter) if gradient is None else gradient
+
+
+def acted(tmp_path, monkeypatch, script, **changes):
+    """Trains; returns step by step what the policy was given as `start`, [N], and what entered the replay."""
+    starts, entered = [], []
+    name, replay = ("pi", "SequenceReplay") if hasattr(script, "SequenceReplay") else ("forward", "Replay")
+    policy, replay = getattr(script.Agent, name), getattr(script, replay)
+    add, signature = replay.add, inspect.signature(replay.add)
+
+    def recording_policy(agent, obs, state, start):
+        if len(start) == 1:                                 # acting, not training
+            starts.append(start[0].clone())
+        return policy(agent, obs, state, start)
+
+    def recording_add(*args):
+        step = signature.bind(*args).arguments
+        entered.append(types.SimpleNamespace(**copy.deepcopy({k: v for k, v in step.items() if k != "self"})))
+        add(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script.Agent, name, recording_policy)
+        patch.setattr(replay, "add", recording_add)
+        run(tmp_path, script, **changes)
+    return starts, entered
+
+
+def check_what_enters_the_replay(tmp_path, monkeypatch, script, to_env, **changes):
+    """Observations, rewards and ends as the task made them; an episode's last observation is its own."""
+    made = []
+    init = NumbersBatch.__init__
+
+    def recording_init(task, *args, **kwargs):
+        init(task, *args, **kwargs)
+        made.append(task)
+
+    monkeypatch.setattr(NumbersBatch, "__init__", recording_init)
+    _, entered = acted(tmp_path, monkeypatch, script, **{**NUMBERS, **changes})
+    tasks = [task for task in made if len(task.got) > len(entered) > 90]  # the first step was a trial
+    at = np.array([[entered[0].obs[0][n, 0], 0] for n in range(4)])     # episode and step of each
+    ends = collections.Counter()
+    for i, now in enumerate(entered, 1):
+        got = np.concatenate([task.got[i] for task in tasks])
+        np.testing.assert_array_equal(now.obs[0], at)
+        np.testing.assert_array_equal(now.reward, 100 * at[:, 0] + at[:, 1])
+        np.testing.assert_allclose(got, to_env(now.action.numpy()), atol=1e-5)
+        ended = at[:, 1] + 1 == 3 + at[:, 0] % 3
+        assert list(now.ended) == np.flatnonzero(ended).tolist()
+        np.testing.assert_array_equal(now.terminated, ended & (at[:, 0] % 2 == 0))
+        last = [leaves[0].tolist() for leaves in now.last_obs]
+        assert last == [[at[n, 0], at[n, 1] + 1] for n in now.ended]
+        ends.update(at[now.ended, 0] % 2)
+        after = np.stack([at[:, 0] + 1, 0 * at[:, 1]], axis=1)
+        at = np.where(ended[:, None], after, at + [0, 1])
+    assert min(ends[0], ends[1]) > 20                       # ends of both kinds
+
+
+@pytest.mark.quick
+def test_what_enters_the_replay_is_what_happened(script, tmp_path, monkeypatch):
+    check_what_enters_the_replay(
+        tmp_path, monkeypatch, script, to_env=lambda action: 2 + 4 * action)    # [-1, 1] -> [-2, 6]
+
+
+@pytest.mark.quick
+def test_acting_forgets_where_an_episode_starts_and_nowhere_else(script, tmp_path, monkeypatch):
+    starts, entered = acted(tmp_path, monkeypatch, script, **NUMBERS)
+    assert len(starts) == len(entered) > 90
+    for start, now in zip(starts, entered):
+        assert start.tolist() == (now.obs[0][:, 1] == 0).tolist()
+
+
+def test_acting_carries_its_state(script, tmp_path, monkeypatch):
+    """With weights that do not move, what acting remembers is what the whole run makes of it."""
+    states = []
+    pi = script.Agent.pi
+
+    def recording_pi(agent, obs, state, start):
+        policy, after = pi(agent, obs, state, start)
+        if len(start) == 1:
+            states.append((agent, obs[0][0], start[0], after[0]))
+        return policy, after
+
+    monkeypatch.setattr(script.Agent, "pi", recording_pi)
+    run(tmp_path, script, **NUMBERS, replay_ratio=0.0)
+    agent = states[0][0]
+    _, obs, starts, after = zip(*states)
+    _, (whole, *_) = pi(agent, (torch.stack(obs),), agent.memory.initial_state(4), torch.stack(starts))
+    torch.testing.assert_close(after[-1], whole, rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------------- sequences
+
+class Episodes:
+    """Random episodes of N environments. Every observation is a number of its own."""
+
+    def __init__(self, N, seed, ends):
+        self.N, self.ends, self.rng = N, ends, np.random.default_rng(seed)
+        self.fresh = itertools.count()
+        self.obs = np.array([next(self.fresh) for _ in range(N)])
+        self.known, self.begins = {}, list(self.obs)  # observation: (its episode, step, what lies beside it)
+        self.t = np.zeros(N, int)
+
+    def step(self):
+        actions, rewards = self.rng.normal(size=(self.N, 1)), self.rng.normal(size=self.N)
+        terminated, truncated = self.rng.random((2, self.N)) < self.ends / 2
+        for n, o in enumerate(self.obs):
+            beside = (actions[n, 0], rewards[n], terminated[n])
+            self.known[o] = (self.begins[n], self.t[n], beside)
+        return ((torch.tensor(self.obs),), torch.tensor(actions), rewards, terminated), terminated | truncated
+
+    def add_to(self, replay, steps):
+        for _ in range(steps):
+            step, done = self.step()
+            after = np.array([next(self.fresh) for _ in range(self.N)])
+            self.t += 1
+            for n in range(self.N):
+                self.known[after[n]] = (self.begins[n], self.t[n], None)
+            ended = np.flatnonzero(done)
+            replay.add(*step, ended, [(torch.tensor(after[n]),) for n in ended])
+            for n in ended:
+                self.begin(n, after)
+            self.obs = after
+
+    def begin(self, n, obs):
+        obs[n] = self.begins[n] = next(self.fresh)
+        self.t[n] = 0
+
+
+def steps_in(replay, whole):
+    """How many steps lie in the replay, or, of those, in episodes that lie there from their first step on."""
+    count = 0
+    for n in range(replay.N):
+        oldest = max(0, replay.head[n] - replay.C)
+        for t in range(oldest, replay.head[n] - 1):
+            is_step = not replay.last[n, t % replay.C]
+            count += is_step and (not whole or replay.begin[n, t % replay.C] >= oldest)
+    return count
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    N=st.integers(1, 4), C=st.integers(3, 40), seed=st.integers(0, 2**20),
+    ends=st.sampled_from([0.02, 0.1, 0.3, 0.9]), steps=st.integers(2, 120), S=st.integers(1, 20),
+    L=st.sampled_from([1, 3, 7, 60]), initial=st.booleans(), random=st.booleans(), stopped=st.booleans())
+def test_sequences_are_made_of_observed_steps(N, C, seed, ends, steps, S, L, initial, random, stopped):
+    """In order, of one episode, then its next observation. `stopped`: a resume ended all episodes midway."""
+    world = Episodes(N, seed, ends)
+    replay = sac.SequenceReplay(N * C, *world.step()[0][:2])
+    world.add_to(replay, steps)
+    if stopped:
+        replay.forget_running()
+        for n in range(N):
+            world.begin(n, world.obs)
+        world.add_to(replay, steps)
+    if not steps_in(replay, whole=initial):
+        return                                              # the script refuses this
+    args = sac.Args(
+        batch_size=S, seq_len=L, always_sample_from_initial_state=initial, random_seq_length=random)
+    if initial and (replay.head - replay.first).max() > replay.C:
+        with pytest.raises(SystemExit):
+            replay.sample(args, "cpu")
+        return
+    batch = replay.sample(args, "cpu")
+    assert batch.real.shape[1] == S and len(batch.real) <= L + 1
+    assert batch.real[0].all() and not batch.real[-1].any()
+    assert batch.starts[0].all() and not batch.starts[1:].any()
+    for b in range(S):
+        length = int(batch.real[:, b].sum())
+        assert batch.real[:length, b].all()
+        episode, first, _ = world.known[int(batch.obs[0][0, b])]
+        assert first == 0 or not initial
+        for t in range(len(batch.real)):
+            *place, beside = world.known[int(batch.obs[0][t, b])]
+            assert place == [episode, first + min(t, length)]
+            if t < length:
+                stored = batch.actions[t, b, 0], batch.rewards[t, b], batch.terminated[t, b]
+                assert [float(x) for x in stored] == pytest.approx([float(x) for x in beside])
+
+
+def played(episode_length, episodes, capacity=10_000):
+    """A replay of episodes of one length; an observation is (episode, step)."""
+    action, nothing = torch.zeros(1, 1), np.zeros(1)
+    replay = sac.SequenceReplay(capacity, (torch.zeros(1, 2),), action)
+    for t in range(episode_length * episodes):
+        obs = torch.tensor([[t // episode_length, t % episode_length]])
+        ended = [0] if t % episode_length == episode_length - 1 else []
+        last_obs = [(obs[0] + torch.tensor([0, 1]),)] * len(ended)
+        replay.add((obs,), action, nothing, nothing, ended, last_obs)
+    return replay
+
+
+@pytest.mark.quick
+def test_every_step_is_as_often_the_first():
+    torch.manual_seed(0)
+    replay = played(5, 7, capacity=25)                      # four episodes of 5 + 1, and an o_5
+    batch = replay.sample(sac.Args(batch_size=20_000, seq_len=3), "cpu")
+    where, counts = batch.obs[0][0].unique(dim=0, return_counts=True)
+    assert where.tolist() == [[e, t] for e in (3, 4, 5, 6) for t in range(5)]
+    assert (counts - 1000).abs().max() < 5 * 1000**0.5
+
+
+@pytest.mark.quick
+def test_sequences_from_the_initial_state_hold_the_cue():
+    """Of episodes of 20 steps one sequence in 20 begins with the first, or each."""
+    replay, share = played(20, 100), {}
+    for initial in (False, True):
+        args = sac.Args(batch_size=4_000, seq_len=20, always_sample_from_initial_state=initial)
+        share[initial] = (replay.sample(args, "cpu").obs[0][0, :, 1] == 0).double().mean()
+    assert share[False] == pytest.approx(0.05, abs=0.015) and share[True] == 1
+
+
+@pytest.mark.quick
+def test_lengths_are_those_ordered():
+    replay, L = played(5_000, 1), 10
+
+    def lengths(**changes):
+        batch = replay.sample(sac.Args(batch_size=8_000, seq_len=L, **changes), "cpu")
+        return batch.real.sum(0).bincount(minlength=L + 1) / 8_000
+
+    assert lengths(random_seq_length=False)[L] > 0.99       # those at the newest step are shorter
+    for nominal in (0.0, 0.3, 1.0):
+        shares = lengths(nominal_seq_length_probability=nominal)
+        uniform = torch.full((L - 1,), (1 - nominal) / (L - 1))
+        torch.testing.assert_close(shares[1:L], uniform, atol=0.02, rtol=0)
+        assert shares[L] == pytest.approx(nominal, abs=0.02) and shares[0] == 0
+
+
+@pytest.mark.quick
+def test_a_restored_replay_draws_and_continues_alike(tmp_path, capsys):
+    world = Episodes(3, 0, 0.2)
+    replays = [sac.SequenceReplay(90, *world.step()[0][:2]) for _ in range(2)]
+    world.add_to(replays[0], 70)                            # twice around
+    torch.save(replays[0].state_dict(), tmp_path / "replay.pt")
+    saved = torch.load(tmp_path / "replay.pt", weights_only=True)
+    replays[1].load_state_dict(saved)
+    for _ in range(3):
+        samples = []
+        for replay in replays:
+            torch.manual_seed(3)
+            samples.append(replay.sample(sac.Args(), "cpu"))
+        assert all(map(torch.equal, samples[0][1:], samples[1][1:]))
+        assert torch.equal(samples[0].obs[0], samples[1].obs[0])
+        both = types.SimpleNamespace(add=lambda *step: [replay.add(*step) for replay in replays])
+        world.add_to(both, 13)
+    with pytest.raises(SystemExit):
+        sac.SequenceReplay(93, *world.step()[0][:2]).load_state_dict(saved)
+    assert "the saved replay has other sizes" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------- losses and gradients
+
+SWITCHES = [dict(mask_non_terminal=mask, include_first_step_in_targets=first)
+            for mask, first in itertools.product((False, True), repeat=2)]
+BONUSES = [dict(entropy_bonus=bonus, entropy_bonus_next_step=after)
+           for bonus, after in ((True, True), (True, False), (False, True))]
+CASES = [*({**switches, **bonus} for switches in SWITCHES[:2] for bonus in BONUSES), *SWITCHES[2:]]
+TASKS = [                                                   # one terminates, the other is truncated
+    dict(env_id="Cue-v0", env_kwargs={}),
+    dict(env_id="CountInput-v0", env_kwargs={"episode_length": 4})]
+
+
+def names(changes):
+    return "-".join(str(int(value)) for value in changes.values())
+
+
+def features(trunk, obs):
+    """[T, H] of one sequence that begins without a state.   obs [T, F]: what the encoder would give"""
+    start = torch.arange(len(obs))[:, None] == 0
+    return trunk.memory(obs[:, None], trunk.initial_state(1), start)[0][:, 0]
+
+
+def minimum(critics, h, action):
+    return torch.minimum(*critics(h, action))
+
+
+def sequences(batch, mask_non_terminal):
+    """One after the other, float64, without padding: [steps + 1, ...] of obs, actions, rewards, ends."""
+    obs, actions, rewards = torch.cat(batch.obs, -1).double(), batch.actions.double(), batch.rewards.double()
+    for b in range(batch.real.shape[1]):
+        steps = int(batch.real[:, b].sum())
+        trained = range(steps - 1 if mask_non_terminal else 0, steps)
+        rows = slice(steps + 1)
+        yield b, steps, trained, obs[rows, b], actions[rows, b], rewards[rows, b], batch.terminated[rows, b]
+
+
+def squashed(agent, h, noise):
+    """Actions and log-probabilities, by the change of variables.   h [T, H], noise [T, A]"""
+    mean, log_std = agent.policy(h).chunk(2, dim=-1)
+    normal = torch.distributions.Normal(mean, log_std.exp())
+    u = mean + log_std.exp() * noise
+    logprob = normal.log_prob(u) - torch.log(1 - u.tanh() ** 2)
+    return u.tanh(), logprob.sum(-1)
+
+
+def assert_gradients(loss, parameters, expected):
+    gradients = torch.autograd.grad(loss, list(parameters), allow_unused=True, materialize_grads=True)
+    for gradient, g in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, g.double(), rtol=1e-3, atol=1e-5)
+    assert sum(g.abs().sum() for g in expected) > 1e-4
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task["env_id"])
+@pytest.mark.parametrize("changes", CASES, ids=names)
+def test_losses_equal_their_definition(tmp_path, monkeypatch, task, changes):
+    """Sequence by sequence, step by step, from the networks as they were: gradients of all three losses."""
+    flags = {**COUNT, **task, "alpha": 0.3, "tau": 0.2, "memory": "gru", **changes}
+    seen, _ = watched(tmp_path, monkeypatch, sac, **flags)
+    assert len(seen) > 20
+    include, bonus = changes["include_first_step_in_targets"], changes.get("entropy_bonus", True)
+    of_next = changes.get("entropy_bonus_next_step", True)
+    for now in seen[1::8]:
+        agent, target, late = now.agent.double(), now.target.double(), now.late.double()
+        alpha = agent.log_alpha.exp().item()
+        torch.set_rng_state(now.random)
+        noise = torch.randn(*now.batch.real.shape, 1).double()
+        later_noise = torch.randn_like(noise[1:].float()).double()
+        squares, policy_losses, logprobs = [], [], []
+        drawn = sequences(now.batch, changes["mask_non_terminal"])
+        for b, steps, trained, obs, actions, rewards, ends in drawn:
+            new, logprob = squashed(agent, features(agent.memory, obs), noise[: steps + 1, b])
+            if include:
+                next_new, next_logprob = new[1:], logprob[1:]
+                next_h = features(target.memory, obs)[1:]
+            else:
+                next_h = features(target.memory, obs[1:])
+                next_new, next_logprob = squashed(
+                    agent, features(agent.memory, obs[1:]), later_noise[:steps, b])
+            h = features(agent.critics.memory, obs)
+            for t in trained:
+                value = minimum(target, next_h[t], next_new[t])
+                if bonus and of_next:
+                    value = value - alpha * next_logprob[t]
+                y = rewards[t] + (0 if ends[t] else 0.99 * value)
+                if bonus and not of_next:
+                    y = y - alpha * logprob[t]
+                squares.append(sum((q - y.detach()) ** 2 for q in agent.critics(h[t], actions[t])))
+                q = minimum(late.critics, h[t].detach(), new[t])
+                policy_losses.append(alpha * logprob[t] - q)
+                logprobs.append(logprob[t].item())
+        assert_gradients(torch.stack(squares).mean(), agent.critics.parameters(), now.clipped[0])
+        policy_parameters = [*agent.memory.parameters(), *agent.policy.parameters()]
+        assert_gradients(torch.stack(policy_losses).mean(), policy_parameters, now.clipped[1])
+        # alpha (entropy - target), by log alpha
+        temperature = alpha * (-np.mean(logprobs) - -1)
+        assert now.gradients["log_alpha"].item() == pytest.approx(temperature, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("policy_noise, noise_clip", [(0.2, 0.1), (1.0, 2.0)])
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task["env_id"])
+@pytest.mark.parametrize("changes", SWITCHES, ids=names)
+def test_td3s_losses_equal_their_definition(tmp_path, monkeypatch, task, changes, policy_noise, noise_clip):
+    flags = {**COUNT, **task, "tau": 0.2, "policy_tau": 0.1, "policy_frequency": 1, **changes}
+    flags |= {"policy_noise": policy_noise, "noise_clip": noise_clip}
+    seen, _ = watched(tmp_path, monkeypatch, td3, **flags)
+    assert len(seen) > 20
+    include, outside = changes["include_first_step_in_targets"], 0
+    for now in seen[1::8]:
+        agent, target, late = now.agent.double(), now.target.double(), now.late.double()
+        torch.set_rng_state(now.random)
+        noise = torch.randn(len(now.batch.real) - 1, now.batch.real.shape[1], 1).double()
+        noise = (policy_noise * noise).clamp(-noise_clip, noise_clip)
+        squares, policy_losses = [], []
+        drawn = sequences(now.batch, changes["mask_non_terminal"])
+        for b, steps, trained, obs, actions, rewards, ends in drawn:
+            known = obs if include else obs[1:]
+            next_h, next_policy_h = features(target.critics.memory, known), features(target.memory, known)
+            if include:
+                next_h, next_policy_h = next_h[1:], next_policy_h[1:]
+            next_actions = target.policy(next_policy_h).tanh() + noise[:steps, b]
+            outside += (next_actions.abs() > 1).sum()
+            next_actions = next_actions.clamp(-1, 1)
+            h, new = features(agent.critics.memory, obs), agent.policy(features(agent.memory, obs)).tanh()
+            for t in trained:
+                value = minimum(target.critics, next_h[t], next_actions[t])
+                y = rewards[t] + (0 if ends[t] else 0.99 * value.detach())
+                squares.append(sum((q - y) ** 2 for q in agent.critics(h[t], actions[t])))
+                policy_losses.append(-late.critics(h[t].detach(), new[t])[0])
+        assert_gradients(torch.stack(squares).mean(), agent.critics.parameters(), now.clipped[0])
+        policy_parameters = [*agent.memory.parameters(), *agent.policy.parameters()]
+        assert_gradients(torch.stack(policy_losses).mean(), policy_parameters, now.clipped[1])
+    assert outside > 0 or noise_clip < 1                    # than [-1, 1]
+
+
+@pytest.mark.quick
+def test_log_probabilities_are_those_of_the_squashed_normal():
+    torch.manual_seed(0)
+    mean = torch.randn(500, 3, dtype=torch.double)
+    log_std = torch.randn(500, 3, dtype=torch.double) / 2 - 1
+    action, logp = SquashedGaussian(mean, log_std).rsample()
+    expected = torch.distributions.TransformedDistribution(
+        torch.distributions.Normal(mean, log_std.exp()), torch.distributions.TanhTransform())
+    torch.testing.assert_close(logp, expected.log_prob(action).sum(-1), rtol=1e-5, atol=1e-5)
+    far = torch.tensor([[30.0], [-30.0], [7.0]], requires_grad=True)  # where 1 - tanh^2 is 0 in float32
+    _, logp = SquashedGaussian(far, torch.full((3, 1), -5.0)).rsample()
+    (gradient,) = torch.autograd.grad(logp.sum(), far)                  # d logp / du = 2 tanh(u)
+    torch.testing.assert_close(gradient, 2 * far.detach().tanh(), rtol=1e-3, atol=1e-3)
+    many = SquashedGaussian(torch.full((50_000, 1), 0.3), torch.full((50_000, 1), -0.5))
+    u = torch.atanh(many.rsample()[0])
+    assert u.mean() == pytest.approx(0.3, abs=0.01) and u.std() == pytest.approx(0.6065, abs=0.01)
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_which_steps_train(script, tmp_path, monkeypatch, mask):
+    """All real ones, or the last of each sequence: which actions and which values receive a gradient."""
+    values, actions = [], []
+    forward = script.Critics.forward
+
+    def recording_forward(critics, h, action):
+        q1, q2 = forward(critics, h, action)
+        if q1.requires_grad:                                # not the targets'
+            kept, x = (actions, action) if action.requires_grad else (values, q1)
+            x.retain_grad()
+            kept.append(x)
+        return q1, q2
+
+    monkeypatch.setattr(script.Critics, "forward", recording_forward)
+    seen, _ = watched(tmp_path, monkeypatch, script, **COUNT, mask_non_terminal=mask, policy_frequency=1)
+    assert len(seen) == len(values) == len(actions) > 20
+    for now, value, action in zip(seen, values, actions):
+        expected = now.batch.real.clone()
+        if mask:
+            expected[:] = False
+            expected[now.batch.real.sum(0) - 1, torch.arange(expected.shape[1])] = True
+        assert torch.equal(value.grad != 0, expected[:-1])
+        assert torch.equal(action.grad.abs().sum(-1) > 0, expected[:-1])
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("memory", [name for name in MEMORIES if name != "none"])
+def test_the_policys_gradient_goes_to_the_start_and_no_further(script, memory):
+    """Value of the action at step 7, of a sequence that starts again at step 3: o_3 ... o_7 matter."""
+    torch.manual_seed(0)
+    kwargs = {"window": 12} if memory == "gpt" else {}
+    args = script.Args(memory=memory, hidden_size=16, memory_kwargs=kwargs)
+    box = gym.spaces.Box(-1, 1, (2,))
+    agent = script.Agent(box, box, args)
+    for layer in (agent.policy[-1], agent.critics.q1[-1]):
+        torch.nn.init.normal_(layer.weight)
+    obs, start = torch.randn(10, 4, 2, requires_grad=True), torch.zeros(10, 4, dtype=torch.bool)
+    start[0], start[3, 1] = True, True
+    policy, _ = agent.pi((obs,), agent.memory.initial_state(4), start)
+    action = policy.rsample()[0] if script is sac else policy
+    h = agent.critics.histories((obs.detach(),), start)
+    (gradient,) = torch.autograd.grad(agent.critics(h[7], action[7])[0][1], obs)
+    reached = gradient.abs().sum(-1) > 0                    # [10, 4]
+    assert reached[:, [0, 2, 3]].any().item() is False      # other sequences
+    assert reached[:, 1].tolist() == [3 <= t <= 7 for t in range(10)]
+
+
+def test_the_policys_loss_leaves_the_critics_alone(script, tmp_path, monkeypatch):
+    """Their gradients are the same before and after it; so are the targets', which have none."""
+    flags = dict(COUNT, policy_frequency=1, max_grad_norm=1e9)                  # nothing is clipped
+    seen, _ = watched(tmp_path, monkeypatch, script, **flags)
+    for now in seen:
+        assert len(now.clipped) == 2
+        after = [gradient for name, gradient in now.gradients.items() if name.startswith("critics.")]
+        assert all(map(torch.equal, now.clipped[0], after))
+        assert not any(p.requires_grad for p in now.after[1].parameters())
+
+
+# ---------------------------------------------------------------------- flags
+
+def test_the_temperature_is_fixed_or_moves_entropy_to_its_target(tmp_path):
+    rows, folder = run(tmp_path, sac, **COUNT, alpha=0.2, autotune=False)
+    assert column(rows, "losses/alpha") == pytest.approx([0.2] * len(rows))
+    changes = dict(COUNT, alpha=0.1, autotune=False, total_timesteps=4 * 32 * 4)
+    rows, _ = run(tmp_path, sac, resume=str(folder), **changes)
+    assert column(rows, "losses/alpha")[-1] == pytest.approx(0.1)               # the flag given now
+    for target_entropy, rises in ((-3.0, False), (3.0, True)):
+        changes = dict(COUNT, alpha=0.2, target_entropy=target_entropy, alpha_lr=(1e-2,))
+        rows, _ = run(tmp_path, sac, **changes, run_name=str(target_entropy))
+        alphas = column(rows, "losses/alpha")
+        assert len(alphas) > 1 and alphas[0] != alphas[-1]
+        assert alphas == sorted(alphas, reverse=not rises)
+
+
+@pytest.mark.parametrize("flags", [
+    dict(policy_frequency=3, policy_learning_starts=200), dict(policy_frequency=1, policy_learning_starts=0)])
+def test_steps_of_the_gradient_are_as_ordered(script, tmp_path, monkeypatch, flags):
+    flags = {**COUNT, "replay_ratio": 0.25, "learning_starts": 100, "total_timesteps": 640, **flags}
+    seen, rows = watched(tmp_path, monkeypatch, script, **flags)
+    logged = [int(steps) for steps in column(rows, "charts/gradient_steps")]
+    assert logged == [0.25 * (step - 100) for step in (128, 256, 384, 512, 640)] and len(seen) == logged[-1]
+    for i, now in enumerate(seen):
+        visit = next(step for step in range(32, 641, 32) if 0.25 * (step - 100) > i)  # to the replay
+        waited = visit > flags["policy_learning_starts"]
+        assert (len(now.clipped) == 2) == (waited and i % flags["policy_frequency"] == 0)
+
+
+def test_columns_stay_where_nothing_was_measured(script, tmp_path):
+    """Before any learning, and while the policy waits, cells are empty; every row has the same columns."""
+    rows, _ = run(tmp_path, script, **dict(COUNT, learning_starts=128, policy_learning_starts=256))
+    assert [bool(row["losses/qf_loss"]) for row in rows] == [False, True, True]
+    assert [bool(row["losses/actor_loss"]) for row in rows] == [False, False, True]
+    assert not any(row["eval/episodic_return"] for row in rows)
+
+
+def test_random_actions_at_first_then_the_policys(script, tmp_path, monkeypatch):
+    from_policy = []
+    if script is sac:
+        class Recording(SquashedGaussian):
+            def rsample(self):
+                action, logprob = super().rsample()
+                if len(action) == 1:
+                    from_policy.append(action[0].numpy())
+                return action, logprob
+
+        monkeypatch.setattr(sac, "SquashedGaussian", Recording)
+    else:
+        pi = td3.Agent.pi
+
+        def recording_pi(agent, obs, state, start):
+            action, state = pi(agent, obs, state, start)
+            if len(start) == 1:
+                from_policy.append(action[0].numpy())
+            return action, state
+
+        monkeypatch.setattr(td3.Agent, "pi", recording_pi)
+    flags = dict(COUNT, learning_starts=256, total_timesteps=512, exploration_noise=0.3)
+    _, entered = acted(tmp_path, monkeypatch, script, **flags)
+    actions, from_policy = np.stack([now.action for now in entered]), np.stack(from_policy)
+    early = actions[:64]                                    # of 4 environments
+    assert abs(early).max() <= 1 and early.std() == pytest.approx(3**-0.5, abs=0.05)
+    assert not np.isclose(early, from_policy[:64]).any()
+    noise = actions[64:] - from_policy[64:]
+    if script is sac:
+        assert not noise.any()
+    else:
+        assert noise.mean() == pytest.approx(0, abs=0.07) and noise.std() == pytest.approx(0.3, abs=0.05)
+
+
+def test_the_targets_follow(script, tmp_path, monkeypatch):
+    def pairs(now):
+        """(target, online) of every part that has a target, with the flag that says how fast it follows."""
+        agent, target = now
+        if script is sac:
+            return [("tau", target, agent.critics)]
+        policies = [("policy_tau", target.memory, agent.memory), ("policy_tau", target.policy, agent.policy)]
+        return [("tau", target.critics, agent.critics), *policies]
+
+    flags = dict(COUNT, tau=1.0, target_network_frequency=3, policy_tau=1.0)
+    seen, _ = watched(tmp_path, monkeypatch, script, **flags)
+    for i, now in enumerate(seen):
+        source = now if i % 3 == 2 else None                # every third step copies
+        for (_, target, online), (_, before, _) in zip(pairs(now.after), pairs((now.agent, now.target))):
+            expected = online if source else before
+            assert all(map(torch.equal, target.parameters(), expected.parameters()))
+    flags = dict(COUNT, tau=0.25, target_network_frequency=1, policy_tau=0.5, run_name="polyak")
+    seen, _ = watched(tmp_path, monkeypatch, script, **flags)
+    for now in seen:
+        for (flag, target, online), (_, before, _) in zip(pairs(now.after), pairs((now.agent, now.target))):
+            share = flags[flag]
+            parameters = zip(target.parameters(), online.parameters(), before.parameters(), strict=True)
+            for after, o, b in parameters:
+                torch.testing.assert_close(after, (1 - share) * b + share * o)
+
+
+def test_wiping(script, tmp_path, monkeypatch):
+    """In training, evaluation and enjoying the state is fresh every 4 steps of an episode of 11."""
+    for wipe, expected in ((0, [0]), (4, [0, 4, 8])):
+        flags = {**COUNT, "wipe_state_every": wipe, "run_name": f"wipe{wipe}"}
+        starts, _ = acted(tmp_path, monkeypatch, script, **flags)
+        assert [t for t in range(33) if starts[t].all()] == [t for t in range(33) if t % 11 in expected]
+        assert all(start.all() or not start.any() for start in starts)
+        args = script.Args(env_id=COUNT["env_id"], env_kwargs=COUNT["env_kwargs"], wipe_state_every=wipe)
+        envs, starts = make_envs(args, 3, training=False), []
+        agent = script.Agent(envs.single_observation_space, envs.single_action_space, args)
+        act = agent.act
+
+        def recording_act(obs, state, start):
+            starts.append(start)
+            return act(obs, state, start)
+
+        agent.act = recording_act
+        play(agent, envs, 3, seed=0)
+        assert [t for t in range(11) if starts[t].all()] == expected
+
+
+def test_episodes_longer_than_the_replay_are_named(script, tmp_path, capsys):
+    long = {**COUNT, "env_kwargs": {"episode_length": 500}, "buffer_size": 4 * 10}
+    assert run(tmp_path, script, **long)                    # sequences from anywhere do not mind
+    with pytest.raises(SystemExit):
+        run(tmp_path, script, **long, always_sample_from_initial_state=True, run_name="initial")
+    assert "raise --buffer-size" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------- learning
+
+def test_a_cue_needs_the_first_step_in_targets(script, tmp_path):
+    """The cue is in o_0, the action of step 1 is paid at step 3: only targets that know o_0 can tell."""
+    task = dict(
+        env_id="Cue-v0", env_kwargs={}, memory="gru", hidden_size=16, mlp_size=32, random_seq_length=False,
+        seq_len=4, always_sample_from_initial_state=True, batch_size=64, learning_starts=200,
+        policy_learning_starts=200, q_lr=(3e-3,), policy_lr=(3e-3,), alpha_lr=(3e-3,), alpha=0.1, tau=0.05,
+        num_envs=16, train_every=64, replay_ratio=0.2, total_timesteps=4_000, log_every=1_000,
+        buffer_size=10_000)
+    success = {}
+    for include in (True, False):
+        rows, _ = run(tmp_path, script, **task, include_first_step_in_targets=include, run_name=str(include))
+        success[include] = column(rows, "charts/success")[-1]
+    assert success[True] > 0.9 and success[False] < 0.75
+
+
+def test_it_does_not_learn_what_needs_memory_without(script, tmp_path):
+    """Ones among the last three bits, for 30 steps. An agent that knows the newest bit only is wrong by half
+    a one a step: -15. The previous action could carry what was seen, so the agent does not get it.
+    With memory: entries smoke-sac and smoke-td3, which the gate runs."""
+    rows, _ = run(
+        tmp_path, script, env_id="CountInput-v0",
+        env_kwargs={"horizon": 3, "divisor": 3, "episode_length": 30}, memory="none", prev_action=False,
+        gamma=0.0, hidden_size=32, mlp_size=32, seq_len=15, batch_size=32, num_envs=16, train_every=64,
+        replay_ratio=0.1, learning_starts=1_000, exploration_noise=0.3, policy_learning_starts=2_000,
+        policy_frequency=1, q_lr=(3e-3,), policy_lr=(3e-3,) if script is sac else (1e-3,), alpha=0.1,
+        alpha_lr=(3e-3,), target_entropy=-3.0, total_timesteps=8_000, eval_every=8_000, eval_episodes=50,
+        log_every=2_000, buffer_size=10_000)
+    assert float(rows[-1]["eval/episodic_return"]) <= -14
+
+
+def test_enjoying_count_input_prints_counts_and_predictions(script, tmp_path, capsys):
+    _, folder = run(tmp_path, script, **COUNT)
+    script.main(["--model", str(folder / "model.safetensors"), "--episodes", "1"])
+    out = capsys.readouterr().out
+    assert out.count("count ") == out.count("prediction ") == 11 and "hits" in out and "misses" in out
