@@ -15,21 +15,27 @@ def check_whole(**arguments):
 
 
 class BatchEnv(gym.vector.VectorEnv):
-    """N environments that step together.
+    """N environments that step together: row n of every array belongs to environment n.
 
-    A task sets its two single spaces and its arrays in __init__ and defines three methods:
+    A task sets its two single spaces and its arrays in __init__ and defines
 
         begin(rows)     draw new episodes for these rows (integer array), from self.np_random only
         move(actions)   advance every row; returns reward [N] float, terminated [N] and truncated [N]
                         bool, and success [N], or None if the task does not define it
-        observe()       the observations, a new array [N, ...]
+        observe()       the observations, a new array [N, ...]; it changes nothing, it may be called twice
+        text(n)         what to print of row n       (render_mode "ansi")
+        picture(n)      row n, [H, W, 3] uint8       (render_mode "rgb_array")
 
-    `success` is reported in the info of an episode's last step.
+    Whatever changes in an episode lives in numpy arrays [N, ...], made in __init__ with their final
+    dtype: these attributes are what a resume restores. Constants are no array attributes. Observations
+    are one array: for a Dict or Tuple write a gymnasium.Env.
+
+    `success` is reported in the info of an episode's last step; rows that go on are not looked at.
 
     What happens after the last step of an episode depends on the AutoresetMode.
     SAME_STEP: the next episode begins at once. The last observation and info of the old one are in
     infos["final_obs"] and infos["final_info"].
-    DISABLED: the row waits for reset(options={"reset_mask": mask}).
+    DISABLED: the row must be reset, by reset(options={"reset_mask": mask}), before the next step.
 
     One generator serves the whole batch: reset(seed=s) repeats all N streams of episodes, but row i
     of a batch of N is not the single environment with the seed s + i.
@@ -43,6 +49,8 @@ class BatchEnv(gym.vector.VectorEnv):
             #   reward 0) between two episodes. Symptom: one step more per episode than the task has,
             #   and an agent that learns from it. Test: test_envs.py::test_no_phantom_transition.
             raise ValueError("autoreset_mode must be SameStep or Disabled")
+        if isinstance(observation_space, (gym.spaces.Dict, gym.spaces.Tuple)):
+            raise ValueError("a batch observes one array; for a Dict or Tuple write a gymnasium.Env")
         self.metadata = SingleEnv.metadata | {"autoreset_mode": mode}
         self.num_envs, self.render_mode = num_envs, render_mode
         self.single_observation_space, self.single_action_space = observation_space, action_space
@@ -61,6 +69,9 @@ class BatchEnv(gym.vector.VectorEnv):
 
     def step(self, actions):
         reward, terminated, truncated, success = self.move(np.asarray(actions))
+        for name, ends in (("terminated", terminated), ("truncated", truncated)):
+            if getattr(ends, "dtype", None) != np.bool_ or ends.shape != (self.num_envs,):
+                raise ValueError(f"move() must return {name} as a bool array [N], not {ends!r}")
         obs, infos, done = self.observe(), {}, terminated | truncated
         if done.any():
             infos = {} if success is None else {"success": success, "_success": done}
@@ -76,7 +87,7 @@ class BatchEnv(gym.vector.VectorEnv):
 
     def render(self):
         """A tuple of N frames: text for "ansi", [H, W, 3] uint8 for "rgb_array"."""
-        draw = {"ansi": self.text, "rgb_array": self.picture}[self.render_mode]
+        draw = self.text if self.render_mode == "ansi" else self.picture
         return tuple(draw(i) for i in range(self.num_envs))
 
     def state_dict(self):

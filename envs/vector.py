@@ -41,7 +41,8 @@ def make_vector(args, num_envs, training, render_mode):
     autoreset = AutoresetMode.SAME_STEP if training else AutoresetMode.DISABLED
     kwargs, options = args.env_kwargs, args.reset_options
     env_id = import_module_of(args.env_id)
-    ours = str(gym.spec(env_id).vector_entry_point).startswith("envs.")
+    batch = gym.spec(env_id).vector_entry_point             # a class, or "module:class"
+    ours = str(batch).startswith("envs.") or (isinstance(batch, type) and issubclass(batch, BatchEnv))
     if ours and not options and not render_mode:
         return gym.make_vec(env_id, num_envs, autoreset_mode=autoreset, **kwargs)
     if render_mode:

@@ -33,7 +33,8 @@ def modules(pattern):
     return {name: importlib.import_module(Path(name).stem) for name in files(pattern)}
 
 
-SCRIPTS, TOOLS = modules("*.py"), modules("benchmark/*.py")
+SCRIPTS = {name: module for name, module in modules("*.py").items() if hasattr(module, "SCRIPT")}
+TOOLS = modules("benchmark/*.py")
 WITH_FLAGS = {name: module for name, module in (SCRIPTS | TOOLS).items() if hasattr(module, "Args")}
 SOURCES = [*SCRIPTS, *files("models/*.py"), *files("envs/*.py")]
 PAGES = {name: (ROOT / name).read_text() for name in ["README.md", *files("docs/*.md")]}
