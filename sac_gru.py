@@ -192,7 +192,7 @@ class SequenceReplay:
         self.N, self.C = len(action), size // len(action)
         reward, flag = torch.zeros(self.N), torch.zeros(self.N, dtype=torch.bool)
         step = [x.numpy() for x in (*obs, action, reward, flag)]
-        self.nbytes = self.N * self.C * (sum(x[0].nbytes for x in step) + 9)
+        self.nbytes = self.N * self.C * (sum(x[0].nbytes for x in step) + 9)       # begin, last: 9
         if self.nbytes > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
             fail(f"--buffer-size {size} needs {self.nbytes / 2**30:,.1f} GiB of memory, and this machine "
                  "has less: lower it")
@@ -200,7 +200,7 @@ class SequenceReplay:
         self.data = [np.zeros((self.N, self.C, *x.shape[1:]), x.dtype) for x in step]
         self.begin = np.zeros((self.N, self.C), np.int64)   # [N, C] where the step's episode began
         self.last = np.zeros((self.N, self.C), bool)        # [N, C] whether o_n lies here
-        self.head = np.zeros(self.N, np.int64)          # [N] positions written; next is head % C
+        self.head = np.zeros(self.N, np.int64)              # [N] the next position, modulo C
         self.first = np.zeros(self.N, np.int64)             # [N] where the running episode began
         self.arrays = *self.data, self.begin, self.last, self.head, self.first
 
@@ -213,7 +213,7 @@ class SequenceReplay:
         self.head += 1
         for n, leaves in zip(ended, last_obs, strict=True):
             now = n, self.head[n] % self.C
-            for x, value in zip(self.data, leaves):         # which come first in the data
+            for x, value in zip(self.data, leaves):         # leaves come first in data
                 x[now] = value
             self.last[now] = True
             self.head[n] += 1
@@ -226,8 +226,8 @@ class SequenceReplay:
         t = np.arange(args.seq_len + 1)[:, None]            # [L + 1, 1]
         newest = first + t == self.head[n] - 1
         no_step = self.last[n, (first + t) % self.C] | newest | (t == length)           # [L + 1, S]
-        steps = no_step.argmax(0)                           # [S] before the first of these
-        t = t[: steps.max() + 1]                            # L shrinks to the longest
+        steps = no_step.argmax(0)                           # [S] rows before the first of these
+        t = t[:steps.max() + 1]                             # L shrinks to the longest
         where = (first + np.minimum(t, steps)) % self.C     # [L + 1, S]
         *obs, actions, rewards, terminated = [torch.from_numpy(x[n, where]).to(device) for x in self.data]
         real = torch.from_numpy(t < steps).to(device)
@@ -308,7 +308,7 @@ def train(args, saved):
     eval_envs = make_envs(args, N_eval, training=False) if args.eval_every else None
     film_envs = make_rendered(args, "rgb_array") if args.capture_video else None
     agent, device = make_agent(Agent, args, envs, saved)
-    if not args.autotune:                       # a fixed one is the flag's, not the checkpoint's
+    if not args.autotune:               # a fixed temperature is the flag's, not the checkpoint's
         agent.log_alpha.data.copy_(torch.tensor(args.alpha).log())
     target = copy.deepcopy(agent.critics).requires_grad_(False)
     A = len(agent.low)
@@ -364,8 +364,8 @@ def train(args, saved):
             obs, start = next_obs, next_start
             if args.wipe_state_every:
                 # KNOWN BUG (rl_tools gru operations_generic.h): acting wipes the state every L steps.
-                #   Symptom: a perfect CountInput agent gets -230 instead of 0. Here: it lasts as long as the
-                #   episode, see --wipe-state-every. Test: test_sac_td3.py::test_wiping.
+                #   Symptom: a perfect CountInput agent gets -230 instead of 0. Here: at episodes' starts; see
+                #   --wipe-state-every. Test: test_sac_td3.py::test_wiping.
                 start = start | torch.as_tensor(envs.lengths % args.wipe_state_every == 0)
             with torch.inference_mode():                    # acting is a sequence of length 1
                 policy, state = agent.pi(add_time(o.to(device) for o in obs), state, start[None].to(device))
@@ -400,8 +400,8 @@ def train(args, saved):
                 policy, _ = agent.pi(batch.obs, state_0, batch.starts)
                 new_actions, logprobs = policy.rsample()    # [L + 1, S, A], [L + 1, S]
             with torch.no_grad():
-                # PITFALL: targets from o_1 ... o_L, the next observations only. Symptom: values do not depend
-                #   on what the first step alone shows, and the policy ignores it. Here: see the flag.
+                # PITFALL: targets from o_1 ... o_L only. Symptom: values do not depend on what the first step
+                #   alone shows, and the policy ignores it. Here: see --include-first-step-in-targets.
                 #   Test: test_sac_td3.py::test_a_cue_needs_the_first_step_in_targets.
                 if args.include_first_step_in_targets:
                     next_h = target.histories(batch.obs, batch.starts)[1:]              # [L, S, H]
@@ -459,7 +459,7 @@ def train(args, saved):
             gradient_steps += 1
             if gradient_steps % args.target_network_frequency == 0:
                 for target_parameter, parameter in zip(target.parameters(), agent.critics.parameters()):
-                    target_parameter.lerp_(parameter.data, args.tau)
+                    target_parameter.data.lerp_(parameter.data, args.tau)
             run.lap("update")
 
         # -------------------------------------------------------------- log, checkpoint

@@ -181,7 +181,7 @@ class SequenceReplay:
         self.N, self.C = len(action), size // len(action)
         reward, flag = torch.zeros(self.N), torch.zeros(self.N, dtype=torch.bool)
         step = [x.numpy() for x in (*obs, action, reward, flag)]
-        self.nbytes = self.N * self.C * (sum(x[0].nbytes for x in step) + 9)
+        self.nbytes = self.N * self.C * (sum(x[0].nbytes for x in step) + 9)       # begin, last: 9
         if self.nbytes > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
             fail(f"--buffer-size {size} needs {self.nbytes / 2**30:,.1f} GiB of memory, and this machine "
                  "has less: lower it")
@@ -189,7 +189,7 @@ class SequenceReplay:
         self.data = [np.zeros((self.N, self.C, *x.shape[1:]), x.dtype) for x in step]
         self.begin = np.zeros((self.N, self.C), np.int64)   # [N, C] where the step's episode began
         self.last = np.zeros((self.N, self.C), bool)        # [N, C] whether o_n lies here
-        self.head = np.zeros(self.N, np.int64)          # [N] positions written; next is head % C
+        self.head = np.zeros(self.N, np.int64)              # [N] the next position, modulo C
         self.first = np.zeros(self.N, np.int64)             # [N] where the running episode began
         self.arrays = *self.data, self.begin, self.last, self.head, self.first
 
@@ -202,7 +202,7 @@ class SequenceReplay:
         self.head += 1
         for n, leaves in zip(ended, last_obs, strict=True):
             now = n, self.head[n] % self.C
-            for x, value in zip(self.data, leaves):         # which come first in the data
+            for x, value in zip(self.data, leaves):         # leaves come first in data
                 x[now] = value
             self.last[now] = True
             self.head[n] += 1
@@ -215,8 +215,8 @@ class SequenceReplay:
         t = np.arange(args.seq_len + 1)[:, None]            # [L + 1, 1]
         newest = first + t == self.head[n] - 1
         no_step = self.last[n, (first + t) % self.C] | newest | (t == length)           # [L + 1, S]
-        steps = no_step.argmax(0)                           # [S] before the first of these
-        t = t[: steps.max() + 1]                            # L shrinks to the longest
+        steps = no_step.argmax(0)                           # [S] rows before the first of these
+        t = t[:steps.max() + 1]                             # L shrinks to the longest
         where = (first + np.minimum(t, steps)) % self.C     # [L + 1, S]
         *obs, actions, rewards, terminated = [torch.from_numpy(x[n, where]).to(device) for x in self.data]
         real = torch.from_numpy(t < steps).to(device)
@@ -347,14 +347,13 @@ def train(args, saved):
             obs, start = next_obs, next_start
             if args.wipe_state_every:
                 # KNOWN BUG (rl_tools gru operations_generic.h): acting wipes the state every L steps.
-                #   Symptom: a perfect CountInput agent gets -230 instead of 0. Here: it lasts as long as the
-                #   episode, see --wipe-state-every. Test: test_sac_td3.py::test_wiping.
+                #   Symptom: a perfect CountInput agent gets -230 instead of 0. Here: at episodes' starts; see
+                #   --wipe-state-every. Test: test_sac_td3.py::test_wiping.
                 start = start | torch.as_tensor(envs.lengths % args.wipe_state_every == 0)
             with torch.inference_mode():                    # acting is a sequence of length 1
                 action, state = agent.pi(add_time(o.to(device) for o in obs), state, start[None].to(device))
                 noise = args.exploration_noise * torch.randn_like(action)
-                action = (action + noise).clamp(-1, 1)      # [1, N, A]
-            action = action[0]
+                action = (action + noise).clamp(-1, 1)[0]   # [N, A]
             if global_step < args.learning_starts:
                 action = torch.rand(N, A) * 2 - 1
             run.lap("policy")
@@ -380,8 +379,8 @@ def train(args, saved):
 
             # --- targets
             with torch.no_grad():
-                # PITFALL: targets from o_1 ... o_L, the next observations only. Symptom: values do not depend
-                #   on what the first step alone shows, and the policy ignores it. Here: see the flag.
+                # PITFALL: targets from o_1 ... o_L only. Symptom: values do not depend on what the first step
+                #   alone shows, and the policy ignores it. Here: see --include-first-step-in-targets.
                 #   Test: test_sac_td3.py::test_a_cue_needs_the_first_step_in_targets.
                 if args.include_first_step_in_targets:
                     next_h = target.critics.histories(batch.obs, batch.starts)[1:]      # [L, S, H]
@@ -423,7 +422,7 @@ def train(args, saved):
             if gradient_steps % args.target_network_frequency == 0:
                 for (name, target_parameter), parameter in zip(target.named_parameters(), agent.parameters()):
                     tau = args.tau if name.startswith("critics.") else args.policy_tau
-                    target_parameter.lerp_(parameter.data, tau)
+                    target_parameter.data.lerp_(parameter.data, tau)
             run.lap("update")
 
         # -------------------------------------------------------------- log, checkpoint
