@@ -45,7 +45,7 @@ class Args:
     reset_options: Json = field(default_factory=dict)  # passed to every reset(options=...)
     seed: Whole = 1  # of environments, network and sampling
     device: str = "auto"  # auto (cuda if there is one), cpu, cuda, cuda:1
-    num_threads: Count = 1  # torch threads; more than one pays for images
+    num_threads: Count = 1  # torch threads; more than one is worth it for images
     num_envs: Count = 16  # N
     total_timesteps: Count = 50_000  # environment steps
 
@@ -64,7 +64,7 @@ class Args:
     replay_ratio: Positive = 0.015  # gradient steps per environment step
     batch_size: Count = 1_000  # steps of an update: segments are drawn until there are as many
     seq_len: int = 20  # L, steps of a segment at most; -1: whole episodes
-    burn_in: number(int, 0, 2**20) | None = None  # from stored states, so many steps earlier
+    burn_in: number(int, 0, 2**20) | None = None  # W, from stored states; none: start from zeros
     omit_first_obs: bool = False  # keep a bug of memory-monoids: targets do not know o_0
     start_e: Fraction = 1.0  # epsilon, the probability of a random action, at first
     end_e: Fraction = 0.05  # and at last
@@ -258,7 +258,7 @@ def epsilon_at(step, args):
 
 
 def check(args):
-    """Refuses what no single flag can tell."""
+    """Refuses flags that do not fit each other."""
     if args.total_timesteps < max(args.train_every, args.num_envs):
         fail(f"--total-timesteps {args.total_timesteps} is less than the steps before the first visit to "
              f"the replay, --train-every {args.train_every} or --num-envs {args.num_envs}")

@@ -45,7 +45,7 @@ class Args:
     reset_options: Json = field(default_factory=dict)  # passed to every reset(options=...)
     seed: Whole = 1  # of environments, network and sampling
     device: str = "auto"  # auto (cuda if there is one), cpu, cuda, cuda:1
-    num_threads: Count = 1  # torch threads; more than one pays for images
+    num_threads: Count = 1  # torch threads; more than one is worth it for images
     num_envs: Count = 16  # N
     total_timesteps: Count = 50_000  # environment steps
 
@@ -243,7 +243,7 @@ def epsilon_at(step, args):
 
 
 def check(args):
-    """Refuses what no single flag can tell."""
+    """Refuses flags that do not fit each other."""
     if args.total_timesteps < max(args.train_every, args.num_envs):
         fail(f"--total-timesteps {args.total_timesteps} is less than the steps before the first visit to "
              f"the replay, --train-every {args.train_every} or --num-envs {args.num_envs}")

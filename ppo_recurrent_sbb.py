@@ -41,7 +41,7 @@ class Args:
     reset_options: Json = field(default_factory=dict)  # passed to every reset(options=...)
     seed: Whole = 1  # of environments, network and sampling
     device: str = "auto"  # auto (cuda if there is one), cpu, cuda, cuda:1
-    num_threads: Count = 1  # torch threads; more than one pays for images
+    num_threads: Count = 1  # torch threads; more than one is worth it for images
     num_envs: Count = 16  # N
     num_steps: Count = 128  # T, steps per environment and rollout
     total_timesteps: Count = 61_440  # environment steps
@@ -89,7 +89,10 @@ class Args:
 
 
 class Agent(nn.Module):
-    """Encoder -> memory -> policy and value.   obs: tuple of leaves, [T, B, ...] each; start [T, B] bool"""
+    """Encoder -> memory -> policy and value.   obs: tuple of leaves (models/encoder.py), [T, B, ...]
+
+    start [T, B] bool: obs[t, b] opens an episode; the memory forgets, then reads it (models/memory.py).
+    """
 
     def __init__(self, observation_space, action_space, args):
         super().__init__()
@@ -140,15 +143,16 @@ def gae(rewards, values, starts, final_values, next_value, next_start, gamma, la
     A_t = delta_t + gamma lam A_{t+1},   delta_t = r_t + gamma V(o_{t+1}) - V(o_t),   cut at episodes' ends.
     final_values[t] is V(last observation) where a time limit cut the episode at t, and 0 elsewhere.
     """
+    next_values = torch.cat([values[1:], next_value[None]])                         # [T, N]
+    goes_on = ~torch.cat([starts[1:], next_start[None]])    # [T, N] whether the episode continues
+    # KNOWN BUG (CleanRL ppo_atari_lstm.py, recurrent-ppo's wrappers): a time limit treated as death.
+    #   Symptom: values too low near the limit. Here: final_values.
+    #   Test: test_ppo.py::test_gae_equals_its_definition.
+    deltas = rewards + gamma * (goes_on * next_values + final_values) - values
+    decays = gamma * lam * goes_on                          # [T, N]
     advantages, advantage = torch.zeros_like(rewards), torch.zeros_like(next_value)
     for t in reversed(range(len(rewards))):
-        goes_on = ~next_start                               # [N] does the episode, after step t?
-        # KNOWN BUG (CleanRL ppo_atari_lstm.py, recurrent-ppo's wrappers): a time limit treated as death.
-        #   Symptom: values too low near the limit. Here: final_values.
-        #   Test: test_ppo.py::test_gae_equals_its_definition.
-        delta = rewards[t] + gamma * (goes_on * next_value + final_values[t]) - values[t]
-        advantages[t] = advantage = delta + gamma * lam * goes_on * advantage
-        next_value, next_start = values[t], starts[t]
+        advantages[t] = advantage = deltas[t] + decays[t] * advantage
     return advantages
 
 
@@ -172,12 +176,12 @@ def cut_segments(starts, L):
     is_cut = (t - episode_start) % L == 0                   # [T, N]
     col, first = is_cut.T.nonzero().unbind(1)               # [S] each: column and first step
     place = col * T + first                                 # [S] with the columns end to end
-    length = place.diff(append=place.new_tensor([T * N]))  # [S] up to the next cut
+    length = place.diff(append=place.new_tensor([T * N]))  # [S] up to the next cut; t = 0 is always one
     # KNOWN BUG (recurrent-ppo buffer.py:161): pads to the longest *episode*, not segment. Symptom: same loss,
-    #   25 times the work (L = 8, 200-step episodes). Here: rows <= L.
+    #   25 times the work (L = 8, 200-step episodes). Here: at most L rows.
     #   Test: test_ppo_recurrent_sbb.py::test_segments_partition_the_rollout.
     offset = torch.arange(int(length.max()), device=device)[:, None]                # [L, 1]
-    when = (first + offset).clamp(max=T - 1)                # [L, S]
+    when = (first + offset).clamp(max=T - 1)                # [L, S] padding may run past the end
     return when, col, offset < length
 
 
@@ -193,7 +197,7 @@ def refresh(seg_state, agent, obs, states, starts, first, col, burn_in):
         return
     first, col = first[continues], col[continues]           # [c] each
     back = torch.arange(-burn_in, 0, device=first.device)[:, None]                  # [burn_in, 1]
-    when = (first + back).clamp(min=0)                      # [burn_in, c]
+    when = first + back                         # [burn_in, c] from 0 on, as first >= L >= burn_in
     before = tuple(s[when[0], col] for s in states)
     _, _, fresh = agent(tuple(o[when, col] for o in obs), before, starts[when, col])
     for s, f in zip(seg_state, fresh):
@@ -204,13 +208,13 @@ def refresh(seg_state, agent, obs, states, starts, first, col, burn_in):
 def values_of(agent, last_obs, state):
     """[c] values of last observations of c episodes.   last_obs: c tuples of leaves, state: of [c, ...]"""
     obs = tuple(torch.stack(leaf) for leaf in zip(*last_obs))                   # leaves of [c, ...]
-    goes_on = torch.zeros(1, len(last_obs), dtype=torch.bool, device=obs[0].device)
-    _, value, _ = agent(add_time(obs), state, goes_on)
+    no_start = torch.zeros(1, len(last_obs), dtype=torch.bool, device=obs[0].device)
+    _, value, _ = agent(add_time(obs), state, no_start)     # still the same episodes
     return value[0]
 
 
 def check(args):
-    """Refuses what no single flag can tell."""
+    """Refuses flags that do not fit each other."""
     if args.num_envs * args.num_steps > args.total_timesteps:
         fail(f"--total-timesteps {args.total_timesteps} is less than one rollout, "
              f"--num-envs x --num-steps = {args.num_envs * args.num_steps}")
@@ -234,7 +238,8 @@ def train(args, saved):
     eval_envs = make_envs(args, N_eval, training=False) if args.eval_every else None
     film_envs = make_rendered(args, "rgb_array") if args.capture_video else None
     agent, device = make_agent(Agent, args, envs, saved)
-    optimizer = torch.optim.AdamW(agent.parameters(), lr=args.learning_rate[0], fused=True)
+    parameters = list(agent.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate[0], fused=True)
 
     def tensors(obs):
         return to_tensors(envs.single_observation_space, obs, device)
@@ -297,10 +302,10 @@ def train(args, saved):
 
             next_obs, rewards[t] = tensors(next_obs), torch.as_tensor(reward)
             next_start = torch.as_tensor(terminated | truncated, device=device)
-            cut = np.flatnonzero(truncated & ~terminated)   # by a time limit, not by death
-            if len(cut):
-                last_obs = [tensors(o) for o in infos["final_obs"][cut]]
-                final_values[t, cut] = values_of(agent, last_obs, tuple(s[cut] for s in state))
+            late = np.flatnonzero(truncated & ~terminated)  # ended by a time limit, not by death
+            if len(late):
+                last_obs = [tensors(o) for o in infos["final_obs"][late]]
+                final_values[t, late] = values_of(agent, last_obs, tuple(s[late] for s in state))
         global_step += T * N
 
         # -------------------------------------------------------------- targets
@@ -336,14 +341,16 @@ def train(args, saved):
                 if args.burn_in:
                     first = when[0, mb]
                     refresh(mb_state, agent, obs, states, starts, first, col[mb], args.burn_in)
-                # The real steps: x[real] is [M, ...] for any rollout tensor x [T, N, ...].
-                real = when[:, mb][mb_mask], col[mb].expand_as(mb_mask)[mb_mask]    # [M] each
+                # Step and column of the real steps: x[real] is [M, ...] for any rollout tensor x [T, N, ...].
+                real_when = when[:, mb][mb_mask]            # [M]
+                real_col = col[mb].expand_as(mb_mask)[mb_mask]                      # [M]
+                real = real_when, real_col
                 mb_obs = tuple(o[real] for o in obs)
                 dist, newvalue, _ = agent(mb_obs, mb_state, seg_start[:, mb], mb_mask)      # [M]
                 # Padding is behind us: from here on this is the loss of a memoryless PPO on M steps.
                 logratio = dist.log_prob(actions[real]) - logprobs[real]
                 ratio = logratio.exp()
-                if first_logratio is None:                  # no gradient step yet: must be 0
+                if first_logratio is None:              # no gradient step yet: 0 but for rounding
                     first_logratio = logratio.abs().max().item()
 
                 mb_advantages = advantages[real]
@@ -363,7 +370,7 @@ def train(args, saved):
 
                 optimizer.zero_grad()
                 loss.backward()
-                grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                 optimizer.step()
                 with torch.no_grad():
                     approx_kl = ((ratio - 1) - logratio).mean()
@@ -371,7 +378,7 @@ def train(args, saved):
                     stats.append(torch.stack([pg_loss, v_loss, entropy, approx_kl, clipfrac, grad_norm]))
             if args.target_kl is not None and approx_kl > args.target_kl:
                 break
-        if args.norm_obs:                                   # after training: it saw what acting saw
+        if args.norm_obs:                                   # only now: training saw what acting saw
             agent.encoder.update_stats(tuple(o.flatten(0, 1) for o in obs))
         run.lap("update")
 

@@ -45,7 +45,7 @@ class Args:
     reset_options: Json = field(default_factory=dict)  # passed to every reset(options=...)
     seed: Whole = 1  # of environments, network and sampling
     device: str = "auto"  # auto (cuda if there is one), cpu, cuda, cuda:1
-    num_threads: Count = 1  # torch threads; more than one pays for images
+    num_threads: Count = 1  # torch threads; more than one is worth it for images
     num_envs: Count = 64  # in all: the processes divide them
     num_steps: Count = 64  # T, steps per environment and rollout
     total_timesteps: Count = 400_000  # environment steps
@@ -58,8 +58,8 @@ class Args:
     mlp_size: Count = 64  # hidden layer of policy and of value
     prev_action: bool = False  # feed the previous action to the memory
     prev_reward: bool = False  # feed the previous reward to the memory
-    full_episodes: bool = False  # the tape also holds the earlier steps of unfinished episodes
-    max_prefix: Whole = 1024  # with --full-episodes: at most this many earlier steps
+    full_episodes: bool = False  # the tape also holds the steps since the start of every episode
+    max_prefix: Whole = 1024  # with --full-episodes: at most so many earlier steps in all columns
     reset_state: bool = True  # whether the memory forgets between episodes
 
     learning_rate: Schedule = (2e-3, 0.0)  # schedule: initial [final [power [decay-steps]]]
@@ -93,7 +93,10 @@ class Args:
 
 
 class Agent(nn.Module):
-    """Encoder -> memory -> policy and value.   obs: tuple of leaves, [T, B, ...] each; start [T, B] bool"""
+    """Encoder -> memory -> policy and value.   obs: tuple of leaves (models/encoder.py), [T, B, ...]
+
+    start [T, B] bool: obs[t, b] opens an episode; the memory forgets, then reads it (models/memory.py).
+    """
 
     def __init__(self, observation_space, action_space, args):
         super().__init__()
@@ -133,15 +136,16 @@ def gae(rewards, values, starts, final_values, next_value, next_start, gamma, la
     A_t = delta_t + gamma lam A_{t+1},   delta_t = r_t + gamma V(o_{t+1}) - V(o_t),   cut at episodes' ends.
     final_values[t] is V(last observation) where a time limit cut the episode at t, and 0 elsewhere.
     """
+    next_values = torch.cat([values[1:], next_value[None]])                         # [T, N]
+    goes_on = ~torch.cat([starts[1:], next_start[None]])    # [T, N] whether the episode continues
+    # KNOWN BUG (CleanRL ppo_atari_lstm.py, recurrent-ppo's wrappers): a time limit treated as death.
+    #   Symptom: values too low near the limit. Here: final_values.
+    #   Test: test_ppo.py::test_gae_equals_its_definition.
+    deltas = rewards + gamma * (goes_on * next_values + final_values) - values
+    decays = gamma * lam * goes_on                          # [T, N]
     advantages, advantage = torch.zeros_like(rewards), torch.zeros_like(next_value)
     for t in reversed(range(len(rewards))):
-        goes_on = ~next_start                               # [N] does the episode, after step t?
-        # KNOWN BUG (CleanRL ppo_atari_lstm.py, recurrent-ppo's wrappers): a time limit treated as death.
-        #   Symptom: values too low near the limit. Here: final_values.
-        #   Test: test_ppo.py::test_gae_equals_its_definition.
-        delta = rewards[t] + gamma * (goes_on * next_value + final_values[t]) - values[t]
-        advantages[t] = advantage = delta + gamma * lam * goes_on * advantage
-        next_value, next_start = values[t], starts[t]
+        advantages[t] = advantage = deltas[t] + decays[t] * advantage
     return advantages
 
 
@@ -163,13 +167,13 @@ def age_of(starts, next_start):
 def values_of(agent, last_obs, state):
     """[c] values of last observations of c episodes.   last_obs: c tuples of leaves, state: of [c, ...]"""
     obs = tuple(torch.stack(leaf) for leaf in zip(*last_obs))                   # leaves of [c, ...]
-    goes_on = torch.zeros(1, len(last_obs), dtype=torch.bool, device=obs[0].device)
-    _, value, _ = agent(add_time(obs), state, goes_on)
+    no_start = torch.zeros(1, len(last_obs), dtype=torch.bool, device=obs[0].device)
+    _, value, _ = agent(add_time(obs), state, no_start)     # still the same episodes
     return value[0]
 
 
 def check(args):
-    """Refuses what no single flag can tell."""
+    """Refuses flags that do not fit each other."""
     if args.num_envs * args.num_steps > args.total_timesteps:
         fail(f"--total-timesteps {args.total_timesteps} is less than one rollout, "
              f"--num-envs x --num-steps = {args.num_envs * args.num_steps}")
@@ -219,6 +223,10 @@ def average_gradients(parameters):
     nn.utils.vector_to_parameters(flat / WORLD_SIZE, grads)
 
 
+def mean_of_processes(stats):
+    return gather(torch.stack(stats).mean(0)[:, None]).mean(1).tolist()
+
+
 def mean_of_episodes(recent):
     """Return, length, success of the last 100 episodes of every process; nan before one has ended."""
     episodes = torch.full((100, 1, 3), torch.nan, dtype=torch.float64)
@@ -245,14 +253,14 @@ def train(args, saved):
     torch.manual_seed(args.seed)
     join_processes(args)
     T, N = args.num_steps, args.num_envs // WORLD_SIZE
-    batch_size = T * args.num_envs                          # steps of all processes
-    env_seed = args.seed + RANK * N                         # other episodes in every process
+    batch_size, env_seed = T * args.num_envs, args.seed + RANK * N  # of all processes; of this one
     envs = make_envs(args, N)
     N_eval = min(N, args.eval_episodes)
     eval_envs = make_envs(args, N_eval, training=False) if args.eval_every else None
     film_envs = make_rendered(args, "rgb_array") if args.capture_video else None
     agent, device = make_agent(Agent, args, envs, saved)
-    optimizer = torch.optim.AdamW(agent.parameters(), lr=args.learning_rate[0], fused=True)
+    parameters = list(agent.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate[0], fused=True)
 
     def tensors(obs):
         return to_tensors(envs.single_observation_space, obs, device)
@@ -319,10 +327,10 @@ def train(args, saved):
 
             next_obs, rewards[t] = tensors(next_obs), torch.as_tensor(reward)
             next_start = torch.as_tensor(terminated | truncated, device=device)
-            cut = np.flatnonzero(truncated & ~terminated)   # by a time limit, not by death
-            if len(cut):
-                last_obs = [tensors(o) for o in infos["final_obs"][cut]]
-                final_values[t, cut] = values_of(agent, last_obs, tuple(s[cut] for s in state))
+            late = np.flatnonzero(truncated & ~terminated)  # ended by a time limit, not by death
+            if len(late):
+                last_obs = [tensors(o) for o in infos["final_obs"][late]]
+                final_values[t, late] = values_of(agent, last_obs, tuple(s[late] for s in state))
         global_step += batch_size
 
         # -------------------------------------------------------------- targets
@@ -339,8 +347,8 @@ def train(args, saved):
         returns = advantages + values                       # [T, N]
 
         # -------------------------------------------------------------- batch: columns of tape, as they are
-        # With --full-episodes the tape begins P steps earlier. Steps of other episodes among them need no
-        # mask: the next start makes the memory forget them.
+        # With --full-episodes the tape begins P steps earlier. In some columns these belong to episodes that
+        # have ended: no loss is taken there, and the memory forgets them at the next start.
         tape_obs = tuple(torch.cat(pair) for pair in zip(prefix_obs, obs))      # of [P + T, N, ...]
         tape_starts = torch.cat([prefix_starts, starts])    # [P + T, N]
         # PITFALL: starting columns from initial_state() or the newest state, not tape_state, trains a policy
@@ -358,7 +366,7 @@ def train(args, saved):
                 # The memory did the rest: from here on this is the loss of a memoryless PPO on T b steps.
                 logratio = dist.log_prob(actions[:, mb]) - logprobs[:, mb]
                 ratio = logratio.exp()
-                if first_logratio is None:                  # no gradient step yet: must be 0
+                if first_logratio is None:              # no gradient step yet: 0 but for rounding
                     first_logratio = logratio.abs().max().item()
 
                 mb_advantages = advantages[:, mb]
@@ -378,8 +386,8 @@ def train(args, saved):
 
                 optimizer.zero_grad()
                 loss.backward()
-                average_gradients(agent.parameters())
-                grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                average_gradients(parameters)
+                grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                 optimizer.step()
                 with torch.no_grad():
                     approx_kl = ((ratio - 1) - logratio).mean()
@@ -387,28 +395,28 @@ def train(args, saved):
                     stats.append(torch.stack([pg_loss, v_loss, entropy, approx_kl, clipfrac, grad_norm]))
             if args.target_kl is not None and gather(approx_kl.view(1, 1)).mean() > args.target_kl:
                 break
-        if args.norm_obs:                                   # after training: it saw what acting saw
+        if args.norm_obs:                                   # only now: training saw what acting saw
             agent.encoder.update_stats(tuple(gather(o).flatten(0, 1) for o in obs))
 
         # -------------------------------------------------------------- next tape: it begins in this one
         P = 0
-        if args.full_episodes:                              # with the oldest episode's first step
+        if args.full_episodes:                          # from the first step of the oldest episode
             oldest = int(age_of(tape_starts & args.reset_state, next_start & args.reset_state).max())
             P = min(args.max_prefix, oldest)
         begin = len(tape_starts) - P
         if P == 0:
             tape_state = state
-        elif P < oldest:                                    # --max-prefix cuts an episode
+        elif P < oldest:                            # --max-prefix cuts: the state there, not stale
             with torch.no_grad():
                 _, _, tape_state = agent(tuple(o[:begin] for o in tape_obs), tape_state, tape_starts[:begin])
             tape_state = tuple(s.clone() for s in tape_state)
+        # Otherwise every running episode starts on the next tape and forgets tape_state, whatever it is.
         prefix_obs = tuple(o[begin:].clone() for o in tape_obs)
         prefix_starts = tape_starts[begin:].clone()
         run.lap("update")
 
         # -------------------------------------------------------------- log, checkpoint
-        means = gather(torch.stack(stats).mean(0)[:, None]).mean(1).tolist()
-        pg_loss, v_loss, entropy, approx_kl, clipfrac, grad_norm = means
+        pg_loss, v_loss, entropy, approx_kl, clipfrac, grad_norm = mean_of_processes(stats)
         first_logratio = gather(torch.tensor([[first_logratio]])).max().item()
         run.stop_if_not_finite(pg_loss + v_loss + grad_norm, global_step)
         run.watch_first_logratio(first_logratio)

@@ -42,7 +42,7 @@ class Args:
     reset_options: Json = field(default_factory=dict)  # passed to every reset(options=...)
     seed: Whole = 1  # of environments, network and sampling
     device: str = "auto"  # auto (cuda if there is one), cpu, cuda, cuda:1
-    num_threads: Count = 1  # torch threads; more than one pays for images
+    num_threads: Count = 1  # torch threads; more than one is worth it for images
     num_envs: Count = 16  # N
     total_timesteps: Count = 100_000  # environment steps
 
@@ -279,7 +279,7 @@ def polynomial(schedule, step, total_steps):
 
 
 def check(args):
-    """Refuses what no single flag can tell."""
+    """Refuses flags that do not fit each other."""
     if args.total_timesteps < max(args.train_every, args.num_envs):
         fail(f"--total-timesteps {args.total_timesteps} must be at least --train-every and --num-envs")
     if args.buffer_size < 3 * args.num_envs:

@@ -103,9 +103,9 @@ class Episodes(gym.vector.VectorWrapper):
         self.lengths += 1
         done = terminated | truncated
         if done.any():
-            infos["success"] = success_of(infos, self.num_envs)
-            results = np.stack([self.returns, self.lengths, infos["success"]], axis=1)      # [N, 3]
-            self.recent.extend(results[done].tolist())
+            infos["success"] = success = success_of(infos, self.num_envs)
+            ended = self.returns[done].tolist(), self.lengths[done].tolist(), success[done].tolist()
+            self.recent.extend(zip(*ended))
             self.returns[done], self.lengths[done] = 0, 0
         return obs, rewards, terminated, truncated, infos
 
@@ -134,5 +134,6 @@ class Episodes(gym.vector.VectorWrapper):
 def success_of(infos, num_envs):
     """[N] whether the episode that has just ended was a success; nan where the task does not say."""
     infos = infos.get("final_info", infos)
-    known = infos.get("_success", np.zeros(num_envs, bool))
-    return np.where(known, infos.get("success", np.nan), np.nan).astype(float)
+    if "_success" not in infos:
+        return np.full(num_envs, np.nan)
+    return np.where(infos["_success"], infos["success"], np.nan)

@@ -32,43 +32,56 @@ class Guests(gym.vector.VectorWrapper):
     What is observed after a death may be anything: it is never looked at.
     """
 
+    def __init__(self, envs):
+        super().__init__(envs)
+        self.spaces = leaves(envs.single_observation_space)
+        self.bounds = [bounds_of(space) for space in self.spaces]
+
     def reset(self, *, seed=None, options=None):
         self.steps = 0
         obs, infos = self.env.reset(seed=seed, options=options)
-        self.check(obs, np.ones(self.num_envs, bool))
+        self.check(obs)
         return obs, infos
 
     def step(self, actions):
         obs, rewards, terminated, truncated, infos = self.env.step(actions)
         self.steps += 1
-        self.refuse(~np.isfinite(rewards), rewards, "gave the reward")
-        same_step = self.env.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP
-        self.check(obs, same_step | ~terminated)
-        for n in np.flatnonzero(truncated & ~terminated) if same_step else ():
+        if not np.isfinite(rewards).all():
+            self.refuse(~np.isfinite(rewards), rewards, "gave the reward")
+        waits = self.env.metadata["autoreset_mode"] == AutoresetMode.DISABLED
+        self.check(obs, terminated if waits else None)
+        for n in () if waits else np.flatnonzero(truncated & ~terminated):
             last_obs = create_empty_array(self.single_observation_space, n=1)
-            last_obs = concatenate(self.single_observation_space, [infos["final_obs"][n]], last_obs)
-            self.check(last_obs, np.ones(1, bool))
+            self.check(concatenate(self.single_observation_space, [infos["final_obs"][n]], last_obs))
         return obs, rewards, terminated, truncated, infos
 
-    def check(self, obs, looked_at):
-        space = self.single_observation_space
-        for leaf_space, leaf in zip(leaves(space), leaves(space, obs), strict=True):
-            rows = np.asarray(leaf).reshape(len(looked_at), -1)
-            if isinstance(leaf_space, (gym.spaces.Discrete, gym.spaces.MultiDiscrete)):
-                first = np.asarray(leaf_space.start).reshape(1, -1)
-                sizes = leaf_space.n if isinstance(leaf_space, gym.spaces.Discrete) else leaf_space.nvec
-                outside = (rows < first) | (rows >= first + np.asarray(sizes).reshape(1, -1))
-            elif np.issubdtype(rows.dtype, np.floating):
-                outside = ~np.isfinite(rows)
-            else:
+    def check(self, obs, dead=None):
+        """dead [N]: rows that are not looked at"""
+        for space, bounds, leaf in zip(self.spaces, self.bounds, leaves(self.single_observation_space, obs)):
+            if bounds is None:
                 continue
-            self.refuse(outside.any(1) & looked_at, leaf, f"left its space {leaf_space} with")
+            inside = (leaf >= bounds[0]) & (leaf <= bounds[1])                  # nan is in no bounds
+            if not inside.all():
+                outside = ~inside.reshape(len(leaf), -1).all(1)
+                self.refuse(outside if dead is None else outside & ~dead, leaf, f"left its space {space} with")
 
     def refuse(self, rows, values, what):
         if rows.any():
             n = np.flatnonzero(rows)[0]
             where = f"in environment {n} after {self.steps} steps"
             fail(f"--env-id {self.env.spec.id} {what} {values[n]} {where}")
+
+
+def bounds_of(space):
+    """The smallest and the largest value of a leaf that an encoder can take; None: all."""
+    if isinstance(space, gym.spaces.Discrete):
+        return space.start, space.start + space.n - 1
+    if isinstance(space, gym.spaces.MultiDiscrete):
+        return space.start, space.start + space.nvec - 1
+    if np.issubdtype(space.dtype, np.floating):
+        largest = np.finfo(space.dtype).max                 # others' Boxes are rarely exact: finite is enough
+        return -largest, largest
+    return None
 
 
 def deep_copy(obs):

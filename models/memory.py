@@ -25,8 +25,8 @@ memory.
     linear-attention      LinearAttention        matrix_memories.py       }
     deltanet              GatedDeltaNet          matrix_memories.py       }
 
-To add a memory, write such a class and add it to MEMORIES: every script's --memory and every law in
-tests/test_memory.py then include it.
+To add a memory, add a layer to MONOIDS or such a class to MEMORIES (docs/memories.md): every script's
+--memory and every law in tests/test_memory.py then include it.
 """
 import functools
 

@@ -122,10 +122,10 @@ def none(m, x, state):
 
 # ---------------------------------------------------------------------- GPT
 
-def gpt(m, x, state):
+def gpt(m, x, state, window=128):
     """State: the age, then the keys and the values of the last window - 1 steps of every layer."""
     age, kept = int(state[0]), state[1:]
-    window = len(kept[0]) + 1
+    assert len(kept[0]) == window - 1
     x = linear(m.embed, x)
     after = []
     for layer, block in enumerate(m.blocks):

@@ -2,6 +2,7 @@
 
 The laws of tests/test_memory.py hold one memory to itself; here it is held to what it should be. float64.
 """
+import functools
 import math
 
 import pytest
@@ -55,10 +56,14 @@ def carried(memory, step, size):
     return tuple(torch.cat([s[:2], new[2:]]).detach() for s, new in zip(state, fresh))
 
 
+assert_close = functools.partial(torch.testing.assert_close, rtol=1e-9, atol=1e-12)
+
+
 def assert_equals_its_equations(memory, step, size):
     memory = with_random_weights(memory)
     x, state = torch.randn(T, B, size), carried(memory, step, size)
-    leaves = {"x": x} | {f"state {i}": s for i, s in enumerate(state)} | dict(memory.named_parameters())
+    states = {f"state {i}": s for i, s in enumerate(state)}
+    leaves = {"x": x, **states, **dict(memory.named_parameters())}
     for leaf in leaves.values():
         leaf.requires_grad_()
     direction = torch.randn(T, B, H)
@@ -70,7 +75,17 @@ def assert_equals_its_equations(memory, step, size):
 
     found = everything(*memory(x, state, starts()))
     right = everything(*literal.loop(step, memory, x, state, starts()))
-    torch.testing.assert_close(found, right, rtol=1e-9, atol=1e-12)
+    assert_close(found, right)
+    assert_close(acting(memory, x, state, starts()), (right["y"], right["final state"]))
+
+
+@torch.no_grad()
+def acting(memory, x, state, start):
+    ys = []
+    for t in range(T):
+        y, state = memory(x[t : t + 1], state, start[t : t + 1])
+        ys.append(y[0])
+    return torch.stack(ys), state
 
 
 @pytest.mark.quick
@@ -82,7 +97,7 @@ def test_a_memory_equals_its_equations(name):
 @pytest.mark.parametrize("window", [1, 2, 5, 23])       # 23: reached by the row that never starts
 def test_gpt_equals_its_equations_with_any_window(window):
     gpt = MEMORIES["gpt"](F, H, 2, window=window, head_size=4)
-    assert_equals_its_equations(gpt, literal.gpt, F)
+    assert_equals_its_equations(gpt, functools.partial(literal.gpt, window=window), F)
 
 
 @pytest.mark.parametrize("name, kwargs", LAYERS, ids=str)
@@ -102,19 +117,20 @@ def test_the_final_state_after_a_reset_is_that_of_a_fresh_episode(name):
     for row, last in ((0, 16), (1, 19)):
         alone = torch.zeros(T - last, 1, dtype=torch.bool)
         fresh_y, fresh = memory(x[last:, row : row + 1], memory.initial_state(1), alone)
-        torch.testing.assert_close(y[last:, row : row + 1], fresh_y, rtol=1e-9, atol=1e-12)
-        of_row = tuple(s[row : row + 1] for s in final)
-        torch.testing.assert_close(of_row, fresh, rtol=1e-9, atol=1e-12)
+        assert_close(y[last:, row : row + 1], fresh_y)
+        assert_close(tuple(s[row : row + 1] for s in final), fresh)
 
 
 # ---------------------------------------------------------------------- what docstrings say of new weights
 
 @pytest.mark.quick
-def test_a_new_lru_is_uniform_over_the_ring_and_gamma_normalises_it():
-    lru = MONOIDS["lru"](4, state_size=4000)
+@pytest.mark.parametrize("ring", [{}, {"r_min": 0.2, "r_max": 0.8}])
+def test_a_new_lru_is_uniform_over_the_ring_and_gamma_normalises_it(ring):
+    lru = MONOIDS["lru"](4, state_size=4000, **ring)
+    r_min, r_max = ring.values() or (0.9, 0.999)
     modulus, angle = torch.exp(-torch.exp(lru.nu)), torch.exp(lru.theta)
-    assert 0.9 <= modulus.min() and modulus.max() <= 0.999
-    assert_uniform(modulus**2, 0.9**2, 0.999**2)            # areas of the ring, not radii
+    assert r_min <= modulus.min() and modulus.max() <= r_max
+    assert_uniform(modulus**2, r_min**2, r_max**2)          # areas of the ring, not radii
     assert_uniform(angle, 0, 2 * math.pi)
     torch.testing.assert_close(torch.exp(lru.gamma_log), torch.sqrt(1 - modulus**2))
 

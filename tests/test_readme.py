@@ -64,15 +64,19 @@ def test_a_task_in_ten_lines_is_learned(clone):
 
 
 def test_a_memory_in_ten_lines_obeys_the_laws_and_trains(clone):
-    (clone / "models/averages.py").write_text(block("models/averages.py"))
+    for path in ("models/averages.py", "models/minimal_gated.py"):
+        (clone / path).write_text(block(path))
     memory = clone / "models/memory.py"
     text = memory.read_text()
     assert text.count("\nimport torch\n") == text.count("\nMONOIDS = {") == 1
-    text = text.replace("\nimport torch\n", "\nfrom models.averages import Averages\nimport torch\n")
-    memory.write_text(text.replace("\nMONOIDS = {", '\nMONOIDS = {"averages": Averages, '))
+    imports = "from models.averages import Averages\nfrom models.minimal_gated import MinimalGated\n"
+    text = text.replace("\nimport torch\n", f"\n{imports}import torch\n")
+    both = '"averages": Averages, "minimal-gated": MinimalGated, '
+    memory.write_text(text.replace("\nMONOIDS = {", f"\nMONOIDS = {{{both}"))
     law, train = block("train-my-memory").splitlines()
     passed = int(re.search(r"(\d+) passed", follow(clone, law))[1])
     assert passed > 30
+    assert f"{passed} passed" in follow(clone, law.replace("averages", "minimal-gated"))
     assert "done at step 8192" in follow(clone, f"{train} --total-timesteps 8192")
 
 
