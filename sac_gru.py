@@ -163,7 +163,7 @@ class Agent(nn.Module):
     def to_env(self, action):
         """[-1, 1] -> the bounds of the action space; numpy."""
         action = self.low + (action.cpu().numpy() + 1) / 2 * (self.high - self.low)
-        return action.clip(self.low, self.high)
+        return action.clip(self.low, self.high).astype(self.low.dtype)
 
 
 def add_time(obs):

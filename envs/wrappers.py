@@ -1,7 +1,6 @@
 """Wrappers around tasks: other people's at the door, fixed reset options, previous action and reward."""
 import gymnasium as gym
 import numpy as np
-from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space, concatenate, create_empty_array
 
 from models.encoder import leaves
@@ -11,8 +10,9 @@ from models.flags import fail
 class Guest(gym.Wrapper):
     """One of other people's environments: what it does to its arrays and infos later does not reach us.
 
-    An episode's last observation is a copy (the others are copied into the batch anyway). Of the infos only
-    `success` or `is_success` of an episode's last step comes in. reset() gets options=None, no empty dict.
+    An episode's last observation is a copy (the others are copied into the batch anyway). After a death it is
+    never looked at, but 0 x nan is nan: what is not finite there becomes 0. Of the infos only `success` or
+    `is_success` of an episode's last step comes in. reset() gets options=None, no empty dict.
     """
 
     def reset(self, *, seed=None, options=None):
@@ -22,15 +22,13 @@ class Guest(gym.Wrapper):
     def step(self, action):
         obs, reward, terminated, truncated, info = self.env.step(action)
         if terminated or truncated:
-            return deep_copy(obs), reward, bool(terminated), bool(truncated), whether_success(info)
+            last_obs = deep_copy(obs, finite=terminated)
+            return last_obs, reward, bool(terminated), bool(truncated), whether_success(info)
         return obs, reward, False, False, {}
 
 
 class Guests(gym.vector.VectorWrapper):
-    """Names an observation or a reward that no network can take: nan, inf, integers outside their space.
-
-    What is observed after a death may be anything: it is never looked at.
-    """
+    """Names an observation or a reward that no network can take: nan, inf, integers outside their space."""
 
     def __init__(self, envs):
         super().__init__(envs)
@@ -48,28 +46,24 @@ class Guests(gym.vector.VectorWrapper):
         self.steps += 1
         if not np.isfinite(rewards).all():
             self.refuse(~np.isfinite(rewards), rewards, "gave the reward")
-        waits = self.env.metadata["autoreset_mode"] == AutoresetMode.DISABLED
-        self.check(obs, terminated if waits else None)
-        for n in () if waits else np.flatnonzero(truncated & ~terminated):
-            last_obs = create_empty_array(self.single_observation_space, n=1)
-            self.check(concatenate(self.single_observation_space, [infos["final_obs"][n]], last_obs))
+        self.check(obs)
+        for last_obs in infos["final_obs"][truncated] if "final_obs" in infos else ():
+            batch = create_empty_array(self.single_observation_space, n=1)
+            self.check(concatenate(self.single_observation_space, [last_obs], batch))
         return obs, rewards, terminated, truncated, infos
 
-    def check(self, obs, dead=None):
-        """dead [N]: rows that are not looked at"""
+    def check(self, obs):
         for space, bounds, leaf in zip(self.spaces, self.bounds, leaves(self.single_observation_space, obs)):
             if bounds is None:
                 continue
             inside = (leaf >= bounds[0]) & (leaf <= bounds[1])                  # nan is in no bounds
             if not inside.all():
-                outside = ~inside.reshape(len(leaf), -1).all(1)
-                self.refuse(outside if dead is None else outside & ~dead, leaf, f"left its space {space} with")
+                outside = ~inside.reshape(len(leaf), -1).all(1)                 # [N]
+                self.refuse(outside, leaf, f"left its space {space} with")
 
     def refuse(self, rows, values, what):
-        if rows.any():
-            n = np.flatnonzero(rows)[0]
-            where = f"in environment {n} after {self.steps} steps"
-            fail(f"--env-id {self.env.spec.id} {what} {values[n]} {where}")
+        n = np.flatnonzero(rows)[0]
+        fail(f"--env-id {self.env.spec.id} {what} {values[n]} in environment {n} after {self.steps} steps")
 
 
 def bounds_of(space):
@@ -84,12 +78,12 @@ def bounds_of(space):
     return None
 
 
-def deep_copy(obs):
+def deep_copy(obs, finite):
     if isinstance(obs, dict):
-        return {name: deep_copy(leaf) for name, leaf in obs.items()}
+        return {name: deep_copy(leaf, finite) for name, leaf in obs.items()}
     if isinstance(obs, tuple):
-        return tuple(map(deep_copy, obs))
-    return np.array(obs)
+        return tuple(deep_copy(leaf, finite) for leaf in obs)
+    return np.nan_to_num(obs, posinf=0, neginf=0) if finite else np.array(obs)
 
 
 def whether_success(info):

@@ -46,7 +46,7 @@ class PolicyHead(nn.Module):
         action = action.cpu().numpy()
         if isinstance(self.space, gym.spaces.Box):
             return np.clip(action, self.space.low, self.space.high).astype(self.space.dtype)
-        return action + self.first
+        return (action + self.first).astype(self.space.dtype)
 
 
 class ActionValues:
@@ -95,4 +95,5 @@ class QHead(nn.Module):
 
     def to_env(self, action):
         """Actions [N, K] as the environment takes them: numpy, from its start, [N] if Discrete."""
-        return action.cpu().numpy().reshape(-1, *self.space.shape) + self.first
+        action = action.cpu().numpy().reshape(-1, *self.space.shape) + self.first
+        return action.astype(self.space.dtype)

@@ -1,0 +1,115 @@
+"""Other people's tasks: what they do to arrays, infos and types does not reach the learner."""
+import gymnasium as gym
+import numpy as np
+import pytest
+
+from envs import vector
+from tests.conftest import CONTINUOUS
+from tests.helpers import comparable, run, weights_of
+
+
+class Stranger(gym.Env):
+    """Episodes of 5 steps: odd ones end by a time limit, even ones by death. Class attributes: its manners."""
+
+    reuses_arrays, last, gives_reward, tells, observation = False, 0.0, None, "success", None
+    action_space = gym.spaces.Discrete(3, start=2, dtype=np.int8)
+    observation_space = gym.spaces.Box(-10, 10, (2,), np.float32)
+
+    def __init__(self, render_mode=None):
+        self.episode, self.array = 0, np.zeros(2, np.float32)
+
+    def observe(self):
+        if self.observation is not None and self.t == 3:
+            return self.observation
+        self.array[:] = self.t, self.cue
+        return self.array if self.reuses_arrays else self.array.astype(self.observation_space.dtype)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        assert options is None
+        self.t, self.cue, self.episode = 0, self.np_random.integers(2), self.episode + 1
+        return self.observe(), {"ragged": [0] * self.episode, "success": "not yet"}
+
+    def step(self, action):
+        assert self.action_space.contains(action), (action, type(action))
+        self.t += 1
+        ended, by_death = self.t == 5, self.episode % 2 == 0
+        reward = float(np.sum(action) > 2) if self.gives_reward is None or self.t < 3 else self.gives_reward
+        obs = self.observe()
+        if ended and by_death:
+            obs = obs + np.float32(self.last)
+        infos = {"ragged": [0] * self.t, "text": "t" * self.t, "success": None}
+        infos[self.tells] = self.cue == 1
+        return obs, reward, ended and by_death, ended and not by_death, infos
+
+
+class StrangerBox(Stranger):
+    action_space = gym.spaces.Box(-1, 3, (2,), np.float16)
+
+
+def register(name, script, **manners):
+    base = StrangerBox if script.__name__ in CONTINUOUS else Stranger
+    gym.registry.pop(name, None)
+    gym.register(name, type(name, (base,), manners))
+    return dict(env_id=name, env_kwargs={})
+
+
+def test_arrays_that_a_task_uses_again(script, tmp_path):
+    """The last observation of an episode is its own, not the first one of the next episode."""
+    fresh, _ = run(tmp_path, script, run_name="fresh", **register("Fresh-v0", script))
+    again, _ = run(tmp_path, script, run_name="again", **register("Again-v0", script, reuses_arrays=True))
+    assert comparable(fresh) == comparable(again)
+
+
+@pytest.mark.parametrize("prev_action", [False, True])
+def test_actions_are_of_the_spaces_own_type(script, tmp_path, prev_action):
+    """Stranger asserts that its space contains them: int8 from 2 on, or float16."""
+    task = register("Typed-v0", script)
+    rows, folder = run(tmp_path, script, prev_action=prev_action, eval_every=128, eval_episodes=2, **task)
+    script.main(["--model", str(folder / "model.safetensors"), "--episodes", "1"])
+    assert len(rows) == 3
+
+
+@pytest.mark.quick
+def test_the_previous_action_of_small_types(tmp_path):
+    """No action yet is one below the space's start: -1, which uint8 does not have."""
+    space = gym.spaces.MultiDiscrete([3, 200], dtype=np.uint8)
+    envs = gym.make_vec("CartPole-v1", 2, "sync")
+    envs.single_action_space = space
+    joined = vector.PreviousActionReward(envs, action=True, reward=False)
+    assert joined.no_action.tolist() == [-1, -1]
+    assert joined.single_observation_space[1].contains(joined.no_action)
+    assert joined.single_observation_space[1].contains(np.array([2, 199]))
+
+
+@pytest.mark.parametrize("name", ["success", "is_success"])
+def test_success_is_read_under_both_names_and_nothing_else(tmp_path, name):
+    import ppo_recurrent_tbb as ppo
+
+    rows, _ = run(tmp_path, ppo, eval_every=128, eval_episodes=8, **register("Telling-v0", ppo, tells=name))
+    assert 0 < float(rows[-1]["charts/success"]) < 1 and rows[-1]["eval/success"]
+    rows, _ = run(tmp_path / "b", ppo, **register("Silent-v0", ppo, tells="other"))
+    assert not rows[-1]["charts/success"]
+
+
+def test_what_is_observed_after_a_death_may_be_nan(script, tmp_path):
+    """0 x nan is nan: the losses must not meet it."""
+    _, folder = run(tmp_path, script, **register("Mortal-v0", script, last=np.nan))
+    assert all(w.isfinite().all() for w in weights_of(folder).values())
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("manners, says", [
+    ({"gives_reward": np.nan}, "gave the reward nan in environment 0 after"),
+    ({"observation": np.array([np.inf, 0], np.float32)},
+     "left its space Box(-10.0, 10.0, (2,), float32) with [inf  0.] in environment 0 after"),
+    ({"observation_space": gym.spaces.MultiDiscrete([6, 2]), "observation": np.array([4, 2])},
+     "left its space MultiDiscrete([6 2]) with [4 2] in environment 0 after"),
+])
+def test_what_cannot_be_learned_from_is_named(tmp_path, capsys, manners, says):
+    import ppo_recurrent_sbb as ppo
+
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, ppo, **register("Faulty-v0", ppo, **manners))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and f"--env-id Faulty-v0 {says}" in error and "Traceback" not in error
