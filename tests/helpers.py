@@ -22,7 +22,7 @@ SMALL_CONTINUOUS = dict(
 
 
 def small(script, **changes):
-    """Flags of a run of 384 steps, a row of progress.csv every 128. Episodes end inside rollouts and segments.
+    """Flags of a run of 384 steps, a row of progress.csv every 128; episodes end inside rollouts, segments.
 
     Changes to flags that the script does not have are left out.
     """

@@ -9,7 +9,7 @@ from tests.helpers import comparable, run, weights_of
 
 
 class Stranger(gym.Env):
-    """Episodes of 5 steps: odd ones end by a time limit, even ones by death. Class attributes: its manners."""
+    """Episodes of 5 steps: odd ones end by a time limit, even ones by death. Attributes: its manners."""
 
     reuses_arrays, last, gives_reward, tells, observation = False, 0.0, None, "success", None
     action_space = gym.spaces.Discrete(3, start=2, dtype=np.int8)

@@ -13,7 +13,7 @@ import sac_discrete_sbb as sac
 from models import MEMORIES
 from models.heads import ActionValues
 from tests.helpers import column, comparable, run, spy
-from tests.test_sac_td3 import NUMBERS, acted, check_what_enters_the_replay, watched
+from tests.probes import NUMBERS, acted, check_what_enters_the_replay, watched
 
 MINES = dict(env_id="popgym-MineSweeperEasy-v0", env_kwargs={}, prev_action=True)   # 1 to 15 steps
 REPEAT = dict(                                              # 51 steps

@@ -12,7 +12,7 @@ import torch
 import sac_discrete_sbb as script
 from models.distributions import Categorical
 from tests.helpers import column, run
-from tests.test_sac_td3 import NUMBERS, acted, check_what_enters_the_replay, watched
+from tests.probes import NUMBERS, acted, check_what_enters_the_replay, watched
 
 MINES = dict(env_id="popgym-MineSweeperEasy-v0", env_kwargs={}, prev_action=True)   # two branches
 DISCRETE = dict(NUMBERS, env_kwargs={"discrete": True})  # some episodes terminate, others are truncated
