@@ -1,4 +1,4 @@
-"""What a run of a replay script does, seen from outside: a task whose numbers say what they are, and probes."""
+"""What a run of a replay script does, seen from outside: a task of telling numbers, and probes."""
 import collections
 import copy
 import inspect
