@@ -31,6 +31,8 @@ class GPT(nn.Module):
         heads = hidden_size // head_size
         self.blocks = nn.ModuleList(Block(hidden_size, heads) for _ in range(num_layers))
         self.norm = nn.LayerNorm(hidden_size)
+        # DEVIATION (Su et al. 2021, speeds 10,000^(-2i / head_size)): from 1 to 1/10,000, both included.
+        #   Test: test_equations.py::test_a_memory_equals_its_equations.
         speed = 10_000 ** -torch.linspace(0, 1, head_size // 2)             # radians a step
         self.register_buffer("speed", speed, persistent=False)              # [head_size / 2]
 

@@ -92,7 +92,7 @@ class LRU(LinearRecurrence):
     A constant complex number a channel:
     h_t = lambda h_{t-1} + gamma B x_t      lambda = exp(-exp(nu) + i exp(theta))
     lift a = lambda, b = gamma B x      readout y = Re(C h) + D x
-    When new, lambda is uniform over the ring 0.9 < |lambda| < 1, so channels remember for 10 steps
+    When new, lambda is uniform over the ring 0.9 < |lambda| < 0.999, so channels remember for 10 steps
     and more, and gamma = sqrt(1 - |lambda|^2). state_size: channels of h, by default as many as of x.
     """
 
@@ -125,8 +125,8 @@ class S5(LinearRecurrence):
     h_t = exp(L Delta) h_{t-1} + (exp(L Delta) - 1) / L B x_t
     lift a = exp(L Delta), b = (a - 1) / L B x, L and Delta one number a channel
     readout y = 2 Re(C h) + D x
-    L, B and C begin as the normal part of HiPPO-LegS, diagonalised. Its eigenvalues are conjugate
-    pairs; one of each pair is kept, `size` / 2 in all.
+    L begins as the eigenvalues of the normal part of HiPPO-LegS, B and C at random. Eigenvalues are
+    conjugate pairs; one of each pair is kept, `size` / 2 in all.
     """
 
     def __init__(self, size, dt_min=0.001, dt_max=0.1):
@@ -165,7 +165,7 @@ class S6(LinearRecurrence):
 
     Each of the D channels keeps N numbers, without Mamba's convolution:
     h_t = exp(Delta_t A) h_{t-1} + Delta_t B_t x_t      [D, N]
-    lift a = exp(Delta A), b = Delta B x, with Delta [D] = softplus(W_Delta x), B [N] = W_B x
+    lift a = exp(Delta A), b = Delta B x, A = -exp(A_log), Delta [D] = softplus(W_Delta x), B [N] = W_B x
     readout y = h C + D x, C [N] = W_C x
     """
 

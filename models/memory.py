@@ -69,7 +69,7 @@ class Stack(nn.Module):
     on their state, so nothing else tells them that a step is the first. Without `new` one layer
     cannot learn popgym-RepeatFirst. (A GRU sees its state of zeros.)
 
-    State: 1 - new, then the states of all layers.
+    State: 1 - new of the next step, then the states of all layers.
     """
 
     def __init__(self, layer, input_size, hidden_size, num_layers=1, **kwargs):

@@ -55,8 +55,10 @@ def forget(state, start):
 
 
 class GRU(RNN):
-    """Gated recurrent unit (Cho et al. 2014, https://arxiv.org/abs/1406.1078).
+    """Gated recurrent unit (Cho et al. 2014, https://arxiv.org/abs/1406.1078), in torch's form.
 
+    r = sigmoid(W_r x + U_r h),  z = sigmoid(W_z x + U_z h)      all with biases
+    h' = (1 - z) tanh(W x + r (U h)) + z h
     State: one h [B, H] a layer.
     """
 
@@ -84,6 +86,8 @@ class GRU(RNN):
 class LSTM(RNN):
     """Long short-term memory (Hochreiter and Schmidhuber 1997).
 
+    i, f, o = sigmoid(W x + U h) each,  g = tanh(W_g x + U_g h)      all with biases
+    c' = f c + i g,  h' = o tanh(c')
     State: one h [B, H] a layer, then one c [B, H] a layer.
     """
 

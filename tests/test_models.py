@@ -324,3 +324,15 @@ def test_the_memory_of_freed_tensors_is_used_again():
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     before, after = map(int, done.stdout.split())
     assert before > 300 and after < before / 10
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("low", [-20.0, -40.0])
+def test_low_keys_and_queries(low):
+    """1 + elu is 0 there in float32; what linear attention divides by must not be."""
+    torch.manual_seed(0)
+    memory = MEMORIES["linear-attention"](3, 16)
+    layer = memory.layers[0]
+    layer.qkv.bias.data[: 2 * layer.heads * layer.key_size] = low
+    y, state = memory(torch.randn(7, 2, 3), memory.initial_state(2), torch.zeros(7, 2, dtype=torch.bool))
+    assert y.isfinite().all() and all(s.isfinite().all() for s in state)
