@@ -101,13 +101,21 @@ class TMazePassiveBatch(BatchEnv):
         return "\n".join(map("".join, rows)) + f"\nthe agent sees {self.observe()[i].tolist()}"
 
     def picture(self, i, size=8):
-        """The right goal is green, the oracle orange while it shows the cue, the agent blue."""
+        """The right goal is green, the agent blue, in the middle of its cell.
+
+        While the oracle shows the cue it is orange, with a green edge on the side of the right goal.
+        """
         cells = np.full((3, self.end + 1, 3), 60, np.uint8)
         cells[1] = cells[:, -1] = 235
         cells[1 - self.goal[i], -1] = (0, 160, 0)
         cells[1, 0] = (240, 150, 0) if self.cue[i] else (200, 200, 200)
-        cells[1 - self.y[i], self.x[i]] = (40, 80, 220)
-        return cells.repeat(size, 0).repeat(size, 1)
+        image, edge = cells.repeat(size, 0).repeat(size, 1), size // 4
+        if self.cue[i]:
+            top = size if self.cue[i] > 0 else 2 * size - edge
+            image[top : top + edge, :size] = (0, 160, 0)
+        top, left = (1 - self.y[i]) * size + edge, self.x[i] * size + edge
+        image[top : top + size - 2 * edge, left : left + size - 2 * edge] = (40, 80, 220)
+        return image
 
 
 class TMazeActiveBatch(TMazePassiveBatch):

@@ -230,6 +230,7 @@ class KeyToDoorBatch(ThreePhases):
         super().__init__(num_envs, explore_length, distractor_length, reward_length, **kwargs)
         self.has_key = np.zeros(num_envs, bool)             # [N]
         self.opened = np.zeros(num_envs, bool)              # [N] whether the door was
+        self.opens = np.zeros(num_envs, bool)               # [N] in this step: the door covers the player
         self.indicator = np.zeros(num_envs, bool)           # [N] a white cell: the key was just taken
 
     def explore(self, rows):
@@ -238,7 +239,8 @@ class KeyToDoorBatch(ThreePhases):
         self.row[rows], self.col[rows] = self.draw(places["+"], rows)
         r, c = self.draw(places["k"], rows)
         self.cells[rows, r, c] = KEY
-        self.has_key[rows] = self.opened[rows] = self.indicator[rows] = False
+        for flags in (self.has_key, self.opened, self.opens, self.indicator):
+            flags[rows] = False
 
     def reward_room(self, rows):
         _, places = LOCKED
@@ -264,12 +266,15 @@ class KeyToDoorBatch(ThreePhases):
         opens = (here == DOOR) & self.has_key[rows]
         self.has_key[rows] &= ~opens                        # one reward an episode
         self.opened[rows] |= opens
+        self.opens[rows] = opens
         self.paid[rows] |= opens
         return FINAL_REWARD * opens
 
     def seen(self):
         cells = super().seen()
         cells[self.indicator, 0 + 2, 5 + 2] = INDICATOR
+        opens = np.flatnonzero(self.opens)                  # as Memory-RL draws it
+        cells[opens, self.row[opens] + 2, self.col[opens] + 2] = DOOR
         return cells
 
 

@@ -93,7 +93,8 @@ class MatrixMemory(nn.Module):
 def positive(x):
     """1 + elu(x), which is exp(x) below 0."""
     # PITFALL: written as 1 + elu(x) it is rounded to 0 from x = -17 on. Symptom: 0 / 0 in the readout where
-    #   all keys or queries of a head are so low. Here: exact. Test: test_models.py::test_low_keys_and_queries.
+    #   all keys or queries of a head are so low. Here: exact.
+    #   Test: test_models.py::test_low_keys_and_queries.
     return x.clamp(max=0).exp() + x.relu()
 
 

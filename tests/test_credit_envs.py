@@ -230,9 +230,14 @@ def test_the_door_is_shut_without_the_key_and_pays_once():
         assert batch.has_key[0] == take
         env.step(SOUTH)
         # onto the door, off it, onto it again, through it
+        colours = []                                        # of the cell that the player is on
         for action in (NORTH, NORTH, SOUTH, NORTH, NORTH, NORTH):
-            rewards.append(env.step(action)[1])
+            obs, reward, *_ = env.step(action)
+            rewards.append(reward)
+            colours.append(tuple(obs[:, 2, 2].tolist()))
         assert rewards == [0, 5 * take, 0, 0, 0, 0]
+        player, door = (228, 148, 109), (134, 206, 235)
+        assert colours == [player, door if take else player, *[player] * 4]     # Memory-RL: door over player
         assert (batch.row[0], batch.col[0]) == ((0, 5) if take else (2, 5))  # the board ends there
 
 
@@ -278,3 +283,17 @@ def test_random_policy_gets_what_the_predecessor_measured(env_id, mean, spread, 
     assert total.std() == pytest.approx(spread, rel=0.3)
     standard_error = (successes * (1 - successes) / 60) ** 0.5
     assert success.mean() == pytest.approx(successes, abs=3 * standard_error)
+
+
+def test_the_picture_of_a_tmaze_shows_the_cue():
+    """Though the agent stands on the oracle, and which of the two goals is right."""
+    shown = {}
+    env = gym.make("TMazePassive-v0", render_mode="rgb_array")
+    for seed in range(10):
+        env.reset(seed=seed)
+        oracle = env.render()[8:16, :8].reshape(-1, 3).tolist()
+        assert [240, 150, 0] in oracle and [40, 80, 220] in oracle
+        shown[int(env.unwrapped.batch.goal[0])] = oracle.index([0, 160, 0]) // 8
+        env.step(0)
+        assert [240, 150, 0] not in env.render()[8:16].reshape(-1, 3).tolist()
+    assert shown == {1: 0, -1: 6}                           # an edge of the oracle, above or below
