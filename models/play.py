@@ -4,9 +4,12 @@ from pathlib import Path
 import imageio
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from models.encoder import to_tensors
 from models.run_folder import write
+
+LIMIT = 100_000  # steps
 
 
 @torch.no_grad()
@@ -15,7 +18,7 @@ def play(agent, envs, episodes, seed, show=lambda: None):
 
     agent: has memory.initial_state(N) and act(obs, state, start); with a `wipe_state_every` it also forgets
     after so many steps. Every environment plays its share: stopping at the first `episodes` to finish would
-    favour short ones. An episode without an end counts as it stands after 10,000 steps.
+    favour short ones. An episode without an end counts as it stands after LIMIT steps.
     """
     N, device = envs.num_envs, next(agent.parameters()).device
     left = np.bincount(np.arange(episodes) % N, minlength=N)    # [N] episodes to play
@@ -31,7 +34,10 @@ def play(agent, envs, episodes, seed, show=lambda: None):
         action, state = agent.act(obs, state, torch.as_tensor(start, device=device))
         obs, reward, terminated, truncated, infos = envs.step(action)
         returns, lengths = returns + reward, lengths + 1
-        start = terminated | truncated | (lengths == 10_000)
+        start = terminated | truncated | (lengths == LIMIT)
+        if lengths.max() == LIMIT:
+            tqdm.write(f"an episode was cut after {LIMIT:,} steps: give the task a limit of its own, as "
+                       """--env-kwargs '{"max_episode_steps": 1000}'""")
         if start.any():
             show()
             success = infos.get("success", np.full(N, np.nan))

@@ -58,6 +58,7 @@ class Run:
         self.bar = tqdm(
             total=args.total_timesteps, initial=self.last_step, unit="step", dynamic_ncols=True)
         self.clock, self.spent = time.perf_counter(), dict.fromkeys(LAPS, 0.0)
+        self.learning_starts = getattr(args, "learning_starts", 0)
         self.interrupted, self.handlers_before = False, {}
         if threading.current_thread() is threading.main_thread():               # others get no signals
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -104,6 +105,7 @@ class Run:
         self.seconds += took
         row = {**row, "charts/SPS": (global_step - self.last_step) / took}
         row |= {f"time/{name}": value for name, value in self.spent.items()}
+        self.warn_without_gradient_steps(global_step, row)
         cells = ["" if value != value else f"{value:.6g}" for value in row.values()]
         with refused_if_the_disk_does(self.progress), self.progress.open("a", newline="") as f:
             table = csv.writer(f, lineterminator="\n")
@@ -117,6 +119,13 @@ class Run:
         self.bar.set_postfix(shown)
         self.bar.update(global_step - self.last_step)
         self.last_step, self.spent = global_step, dict.fromkeys(LAPS, 0.0)
+
+    def warn_without_gradient_steps(self, global_step, row):
+        no_episode = math.isnan(row["charts/episodic_length"])
+        no_step = row.get("charts/gradient_steps") == 0
+        if no_episode and no_step and self.learning_starts < global_step:
+            tqdm.write(f"warning: no episode has ended and no gradient step was made until step {global_step}; "
+                       """give the task a limit, as --env-kwargs '{"max_episode_steps": 1000}'""")
 
     def save(self, agent, envs, global_step, **everything):
         """A model to play and a checkpoint to resume.   everything: what the script needs to continue"""

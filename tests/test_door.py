@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from envs import vector
+from models import play
 from tests.conftest import CONTINUOUS
 from tests.helpers import comparable, run, weights_of
 
@@ -113,3 +114,48 @@ def test_what_cannot_be_learned_from_is_named(tmp_path, capsys, manners, says):
         run(tmp_path, ppo, **register("Faulty-v0", ppo, **manners))
     error = capsys.readouterr().err
     assert stop.value.code == 2 and f"--env-id Faulty-v0 {says}" in error and "Traceback" not in error
+
+
+class Endless(gym.Env):
+    """Never ends by itself."""
+
+    observation_space, action_space = gym.spaces.Discrete(2), gym.spaces.Discrete(2)
+
+    def __init__(self, render_mode=None, length=None):
+        self.length = length
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return 0, {}
+
+    def step(self, action):
+        self.t += 1
+        return self.t % 2, 1.0, self.t == self.length, False, {"success": True}
+
+
+gym.register("Endless-v0", Endless)
+
+
+def test_a_task_that_never_ends_is_said_to(tmp_path, capsys):
+    """DQN draws ended episodes: until one has ended it cannot learn. A limit of the task's own mends it."""
+    import dqn_recurrent_tbb as dqn
+
+    rows, _ = run(tmp_path, dqn, env_id="Endless-v0", env_kwargs={})
+    assert "no gradient step was made until step 128" in "".join(capsys.readouterr())
+    assert float(rows[-1]["charts/gradient_steps"]) == 0
+    rows, _ = run(tmp_path / "b", dqn, env_id="Endless-v0", env_kwargs={"max_episode_steps": 9})
+    assert "warning" not in "".join(capsys.readouterr()) and float(rows[-1]["charts/gradient_steps"]) > 0
+
+
+@pytest.mark.quick
+def test_long_episodes_are_played_to_their_end_and_endless_ones_are_cut_aloud(capsys, monkeypatch):
+    import ppo_recurrent_tbb as ppo
+
+    args = ppo.Args(env_id="Endless-v0", env_kwargs={"length": 10_500}, memory="none", device="cpu")
+    envs = vector.make_envs(args, 1, training=False)
+    agent = ppo.Agent(envs.single_observation_space, envs.single_action_space, args)
+    assert play.play(agent, envs, 1, seed=0).T.tolist() == [[10_500, 10_500, 1]]
+    monkeypatch.setattr(play, "LIMIT", 40)
+    assert play.play(agent, envs, 1, seed=0)[:2].T.tolist() == [[40, 40]]
+    assert "an episode was cut after 40 steps" in "".join(capsys.readouterr())
