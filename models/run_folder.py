@@ -124,7 +124,7 @@ class Run:
         no_episode = math.isnan(row["charts/episodic_length"])
         no_step = row.get("charts/gradient_steps") == 0
         if no_episode and no_step and self.learning_starts < global_step:
-            tqdm.write(f"warning: no episode has ended and no gradient step was made until step {global_step}; "
+            tqdm.write(f"warning: no episode has ended, no gradient step was made until step {global_step}; "
                        """give the task a limit, as --env-kwargs '{"max_episode_steps": 1000}'""")
 
     def save(self, agent, envs, global_step, **everything):
