@@ -17,7 +17,6 @@ update, L steps of the longest, W burn-in steps, H hidden size, K branches of an
 """
 import collections
 import copy
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +30,7 @@ import torch.nn.functional as F
 from envs.vector import make_envs, make_rendered  # importing envs registers its tasks
 from models import MEMORIES, Encoder, QHead, init, to_tensors
 from models.cpu_speed import keep_freed_memory
+from models.files import refuse_more_than_memory
 from models.flags import Count, Fraction, Json, Positive, Schedule, Whole, fail, number, parse
 from models.play import enjoy, film, play
 from models.run_folder import Run, make_agent, restore_random_generators
@@ -148,9 +148,7 @@ class Replay:
         kept = () if burn_in is None else state
         step = [x.cpu().numpy() for x in (*obs, flag, action, reward, flag, *kept)]
         self.nbytes = self.N * self.C * sum(x[0].nbytes for x in step)
-        if self.nbytes > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
-            fail(f"--buffer-size {size} needs {self.nbytes / 2**30:,.1f} GiB of memory, and this machine "
-                 "has less: lower it")
+        refuse_more_than_memory(self.nbytes, f"--buffer-size {size}")
         # The zeros are the system's: pages take memory when they are first written.
         self.data = [np.zeros((self.N * self.C, *x.shape[1:]), x.dtype) for x in step]
         i = len(obs) + 1                            # the memory's inputs: observations and start

@@ -17,7 +17,6 @@ tape, H hidden size, K branches of an action (1 if Discrete).
 """
 import collections
 import copy
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +30,7 @@ import torch.nn.functional as F
 from envs.vector import make_envs, make_rendered  # importing envs registers its tasks
 from models import MEMORIES, Encoder, QHead, init, to_tensors
 from models.cpu_speed import keep_freed_memory
+from models.files import refuse_more_than_memory
 from models.flags import Count, Fraction, Json, Positive, Schedule, Whole, fail, number, parse
 from models.play import enjoy, film, play
 from models.run_folder import Run, make_agent, restore_random_generators
@@ -142,9 +142,7 @@ class Replay:
         reward, flag = torch.zeros(self.N), torch.zeros(self.N, dtype=torch.bool)
         step = [x.cpu().numpy() for x in (*obs, flag, action, reward, flag)]
         self.nbytes = self.N * self.C * sum(x[0].nbytes for x in step)
-        if self.nbytes > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
-            fail(f"--buffer-size {size} needs {self.nbytes / 2**30:,.1f} GiB of memory, and this machine "
-                 "has less: lower it")
+        refuse_more_than_memory(self.nbytes, f"--buffer-size {size}")
         # The zeros are the system's: pages take memory when they are first written.
         self.data = [np.zeros((self.N * self.C, *x.shape[1:]), x.dtype) for x in step]
         self.inputs = self.data[:len(obs) + 1]              # the memory's: observations and start

@@ -20,7 +20,6 @@ Symbols: N environments, T steps between two visits to the replay, C positions o
 S sequences, L steps of the longest, A numbers of an action, H hidden size. Time-major: [L + 1, S, ...].
 """
 import copy
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +34,7 @@ import torch.nn.functional as F
 from envs.vector import make_envs, make_rendered  # importing envs registers its tasks
 from models import MEMORIES, SquashedGaussian, Trunk, mlp, to_tensors
 from models.cpu_speed import keep_freed_memory
+from models.files import refuse_more_than_memory
 from models.flags import Count, Finite, Fraction, Json, Positive, Schedule, Whole, fail, parse
 from models.play import enjoy, film, play
 from models.run_folder import Run, make_agent, restore_random_generators
@@ -193,9 +193,7 @@ class SequenceReplay:
         reward, flag = torch.zeros(self.N), torch.zeros(self.N, dtype=torch.bool)
         step = [x.numpy() for x in (*obs, action, reward, flag)]
         self.nbytes = self.N * self.C * (sum(x[0].nbytes for x in step) + 9)       # begin, last: 9
-        if self.nbytes > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
-            fail(f"--buffer-size {size} needs {self.nbytes / 2**30:,.1f} GiB of memory, and this machine "
-                 "has less: lower it")
+        refuse_more_than_memory(self.nbytes, f"--buffer-size {size}")
         # The zeros are the system's: pages take memory when they are first written.
         self.data = [np.zeros((self.N, self.C, *x.shape[1:]), x.dtype) for x in step]
         self.begin = np.zeros((self.N, self.C), np.int64)   # [N, C] where the step's episode began

@@ -3,6 +3,7 @@ import collections
 import functools
 import importlib
 import json
+import sys
 
 import gymnasium as gym
 import numpy as np
@@ -58,6 +59,8 @@ def make_vector(args, num_envs, training, render_mode):
 def import_module_of(env_id):
     """module:id -> id, as gym.make understands it; the module registers it."""
     module, _, name = env_id.rpartition(":")
+    if module and "" not in sys.path:
+        sys.path.append("")                                 # also one in the working directory
     if module:
         importlib.import_module(module)
     return name

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside and renamed, locked, checked, never run.
+"""Files that are whole or not there: written beside and renamed, locked, checked, never run. And refusing.
 
 Whatever fails says so in one sentence.
 """
@@ -19,6 +19,12 @@ def fail(message):
     """Bad input: one sentence, exit code 2."""
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def refuse_more_than_memory(nbytes, flag):
+    """Refuses what the machine has no memory for."""
+    if hasattr(os, "sysconf") and nbytes > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):    
+        fail(f"{flag} needs {nbytes / 2**30:,.1f} GiB of memory, and this machine has less: lower it")
 
 
 def lock(folder):

@@ -159,3 +159,14 @@ def test_long_episodes_are_played_to_their_end_and_endless_ones_are_cut_aloud(ca
     monkeypatch.setattr(play, "LIMIT", 40)
     assert play.play(agent, envs, 1, seed=0)[:2].T.tolist() == [[40, 40]]
     assert "an episode was cut after 40 steps" in "".join(capsys.readouterr())
+
+
+@pytest.mark.quick
+def test_a_task_of_the_working_directory_is_found(tmp_path, monkeypatch):
+    import ppo_recurrent_tbb as ppo
+
+    (tmp_path / "a_task_nearby.py").write_text(
+        "import gymnasium as gym\ngym.register('Nearby-v0', 'gymnasium.envs.classic_control:CartPoleEnv')\n")
+    monkeypatch.chdir(tmp_path)
+    envs = vector.make_envs(ppo.Args(env_id="a_task_nearby:Nearby-v0"), 2)
+    assert envs.num_envs == 2
