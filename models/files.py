@@ -23,7 +23,7 @@ def fail(message):
 
 def refuse_more_than_memory(nbytes, flag):
     """Refuses what the machine has no memory for."""
-    if hasattr(os, "sysconf") and nbytes > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):    
+    if hasattr(os, "sysconf") and nbytes > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
         fail(f"{flag} needs {nbytes / 2**30:,.1f} GiB of memory, and this machine has less: lower it")
 
 
