@@ -177,13 +177,9 @@ def reach_of_training(args):
 
 def check(options):
     """Refuses what cannot run."""
-    for name in ("steps", "targets", "episodes"):
-        if getattr(options, name) < 1:
-            fail(f"--{name} {getattr(options, name)} must be at least 1")
-    try:
-        Path(options.out or ".").mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        fail(f"--out {options.out} cannot be made ({e.strerror})")
+    for name, high in {"steps": 2**16, "targets": 2**12, "episodes": 2**20}.items():
+        if not 1 <= getattr(options, name) <= high:
+            fail(f"--{name} {getattr(options, name)} must be at least 1 and at most {high}")
 
 
 def main(argv=None):

@@ -21,6 +21,14 @@ def fail(message):
     sys.exit(2)
 
 
+def make_out(folder):
+    """The folder that --out names."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        fail(f"--out {folder} cannot be made ({e.strerror}): choose another folder")
+
+
 def lock(folder):
     """Refuses a folder that another process writes to. The lock ends with the process, however that ends."""
     try:
