@@ -140,7 +140,8 @@ def main(argv=None):
     for name, high in {"columns": 2**16, "repeats": 1000, "max_seconds": 1e9}.items():
         low = 0 if name == "max_seconds" else 1
         if not low <= getattr(args, name) <= high:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least {low} and at most {high}")
+            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+            fail(f"{flag} must be at least {low} and at most {high}")
     if not args.lengths:
         fail("--lengths needs a tape length, such as 1000")
     make_out(args.out)

@@ -75,8 +75,9 @@ def entries(path=TASKS):
             for name, entry in tomllib.loads(file.read_text()).items():
                 out |= cells_of(name, {**entry, "suite": file.stem, "group": name})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-            fail(f"--tasks {file} cannot be read ({type(e).__name__} {' '.join(str(e).split())}): an entry is "
-                 "a table with a command, seeds and perhaps a grid, as in benchmark/tasks")
+            why = f"{type(e).__name__} {' '.join(str(e).split())}"
+            fail(f"--tasks {file} cannot be read ({why}): an entry is a table with a command, seeds and "
+                 "perhaps a grid, as in benchmark/tasks")
     if not out:
         fail(f"--tasks {path} holds no entries: neither a .toml file nor a folder of some")
     return out

@@ -65,7 +65,8 @@ def main(argv=None):
     args = tyro.cli(Args, args=argv)
     if not 1 <= args.episodes <= 2**20:
         fail(f"--episodes {args.episodes} must be at least 1 and at most {2**20}")
-    found = {name: Path(args.runs_dir) / f"{name}__{args.seed}" / "model.safetensors" for name in args.entries}
+    folder = Path(args.runs_dir)
+    found = {name: folder / f"{name}__{args.seed}" / "model.safetensors" for name in args.entries}
     for name, path in found.items():                        # all of them, before anything is written
         if not re.fullmatch(r"[\w.-]+", name):
             fail(f"{name} is not an entry's name: give one of benchmark/tasks")

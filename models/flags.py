@@ -54,7 +54,8 @@ Schedule = Annotated[tuple[float, ...], schedule_complaint]
 
 def json_or_text(words):
     try:
-        return json.loads(words[0])
+        found = json.loads(words[0])
+        return "null" if found is None else found           # None would be a flag that was not given
     except json.JSONDecodeError:
         return words[0]                                     # json_complaint will refuse it
 
@@ -140,7 +141,8 @@ def load(flag, path, read, script):
         made_by = saved["script"]
         dict(json.loads(saved["args"]))
     except FileNotFoundError:
-        fail(f"{flag} {path or EMPTY} does not exist; training ends by printing what to play and what to resume")
+        fail(f"{flag} {path or EMPTY} does not exist; training ends by printing what to play and what to "
+             "resume")
     except Exception as e:                                  # damaged files raise all kinds
         fail(f"{flag} {path} cannot be read ({type(e).__name__}): it is damaged or another program's")
     if made_by != script:
