@@ -63,6 +63,8 @@ def measure(path, episodes, seed=10_000):
 
 def main(argv=None):
     args = tyro.cli(Args, args=argv)
+    if not args.entries:
+        fail("no entries are named: give some of benchmark/tasks, such as poc-gru")
     if not 1 <= args.episodes <= 2**20:
         fail(f"--episodes {args.episodes} must be at least 1 and at most {2**20}")
     folder = Path(args.runs_dir)
