@@ -22,6 +22,7 @@ import tyro
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from models.files import fail, make_out  # noqa: E402
 from models.scan import associative_scan, linear_scan, resettable  # noqa: E402
 
 GAMMA = 0.99
@@ -131,8 +132,19 @@ def write(rows, out):
     figure.savefig(out / "discounted_return.png", dpi=120)
 
 
-def main():
-    args = tyro.cli(Args)
+def main(argv=None):
+    args = tyro.cli(Args, args=argv)
+    for length in args.lengths:
+        if not 1 <= length <= 2**30:
+            fail(f"--lengths {length} must be at least 1 and at most {2**30}")
+    for name, high in {"columns": 2**16, "repeats": 1000, "max_seconds": 1e9}.items():
+        low = 0 if name == "max_seconds" else 1
+        if not low <= getattr(args, name) <= high:
+            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+            fail(f"{flag} must be at least {low} and at most {high}")
+    if not args.lengths:
+        fail("--lengths needs a tape length, such as 1000")
+    make_out(args.out)
     torch.set_num_threads(1)
     check()
     write(measure(args), Path(args.out))

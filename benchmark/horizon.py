@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 from envs.vector import make_envs  # noqa: E402
 from models import to_tensors  # noqa: E402
+from models.files import make_out  # noqa: E402
 from models.flags import fail, parse, read_model  # noqa: E402
 from models.play import play  # noqa: E402
 from models.run_folder import make_agent  # noqa: E402
@@ -145,7 +146,8 @@ def sweep(agent, args, envs, options, path):
         except json.JSONDecodeError:
             fail(f"--sweep {' '.join(options.sweep)}: values are JSON, as numbers or true")
     # most tasks keep their arguments under the same names
-    trained = args.env_kwargs.get(name, getattr(envs.unwrapped.envs[0].unwrapped, name, None))
+    task = getattr(envs.unwrapped, "envs", [envs])[0].unwrapped                 # ours are one batch
+    trained = args.env_kwargs.get(name, getattr(task, name, None))
     kwargs, space = args.env_kwargs, (envs.single_observation_space, envs.single_action_space)
     results = []
     for value in values:
@@ -177,13 +179,9 @@ def reach_of_training(args):
 
 def check(options):
     """Refuses what cannot run."""
-    for name in ("steps", "targets", "episodes"):
-        if getattr(options, name) < 1:
-            fail(f"--{name} {getattr(options, name)} must be at least 1")
-    try:
-        Path(options.out or ".").mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        fail(f"--out {options.out} cannot be made ({e.strerror})")
+    for name, high in {"steps": 2**16, "targets": 2**12, "episodes": 2**20}.items():
+        if not 1 <= getattr(options, name) <= high:
+            fail(f"--{name} {getattr(options, name)} must be at least 1 and at most {high}")
 
 
 def main(argv=None):
@@ -192,9 +190,10 @@ def main(argv=None):
     torch.set_num_threads(1)
     script = script_of(options.model)
     args, saved = parse(script.Args, script.SCRIPT, ["--model", options.model, "--device", "cpu"])
-    out = Path(options.out or Path(options.model).parent)
+    out = Path(options.model).parent if options.out is None else Path(options.out)
     envs = make_envs(args, 1, training=False)
     agent, _ = make_agent(script.Agent, args, envs, saved)
+    make_out(out)
     if options.sweep:
         return sweep(agent, args, envs, options, out / "sweep")
     x, start = record(agent, envs, args.seed, options.steps)

@@ -15,11 +15,12 @@ import re
 import shlex
 import statistics
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import tyro
-from run import ROOT, entries
+from run import ROOT, entries, fail
 
 sys.path.insert(0, str(ROOT))
 
@@ -47,8 +48,9 @@ MEASURED = {
     "return": "return", "success": "success", "eval": "greedy return", "eval-success": "greedy success"}
 
 
-def fail(message):
-    sys.exit(f"pages.py: {message}")
+@dataclass
+class Args:
+    """Nothing to choose."""
 
 
 def rows_of(path):
@@ -323,7 +325,8 @@ def filled(text):
     return "".join([*pieces, text])
 
 
-def main():
+def main(argv=None):
+    tyro.cli(Args, args=argv)
     for page in PAGES:
         before = page.read_text()
         after = filled(before)

@@ -28,7 +28,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
-from run import TASKS, entries
+from run import TASKS, entries, fail
 
 plt.switch_backend("Agg")
 matplotlib.rcParams |= {
@@ -141,7 +141,11 @@ def collect(group, runs, entry, out):
     for row in read_csv(curve_file):
         curves.setdefault(key_of({"entry": group} | row), []).append(row)
     for (cell, seed), path in runs.items():
-        curve = Curve.of(path, entry.get("measure"))
+        try:
+            curve = Curve.of(path, entry.get("measure"))
+        except (OSError, ValueError, KeyError, TypeError, csv.Error) as e:
+            fail(f"{path} cannot be read ({type(e).__name__}): its progress.csv is damaged or another "
+                 "program's; take it out of --runs-dir")
         if curve is None:
             what = entry.get("measure", "return and no success")
             print(f"plot.py: {path} has no {what} yet: left out", file=sys.stderr)
@@ -336,18 +340,22 @@ def main(argv=None):
     found = runs_in(args.runs_dir, known, args.unfinished)
     mistyped = args.runs_dir != Args.runs_dir and not Path(args.runs_dir).is_dir()
     if mistyped or not (found or any(out.glob("*.csv"))):
-        print(f"plot.py: --runs-dir {args.runs_dir} holds no finished runs; benchmark/run.py makes them",
-              file=sys.stderr)
-        sys.exit(2)
-    out.mkdir(parents=True, exist_ok=True)
+        fail(f"--runs-dir {args.runs_dir} holds no finished runs; benchmark/run.py makes them")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        fail(f"--out {args.out} cannot be made ({e.strerror}): choose another folder")
     entry_of = {entry["group"]: entry for entry in known.values()}
     for group in [*entry_of, *(found.keys() - entry_of)]:   # in the order of the task files
         if group in found:
             collect(group, found[group], entry_of.get(group, {}), out)
     for path in sorted(out.glob("*.csv")):
-        rows = read_csv(path)
-        if rows and "value" in rows[0]:                     # curves, not a table
-            draw_all(path.stem, rows, entry_of.get(path.stem, {}), out)
+        try:
+            rows = read_csv(path)
+            if rows and "value" in rows[0]:                 # curves, not a table
+                draw_all(path.stem, rows, entry_of.get(path.stem, {}), out)
+        except (OSError, ValueError, KeyError, TypeError, csv.Error) as e:
+            fail(f"--out holds {path}, which is not what plot.py writes ({type(e).__name__}): take it out")
 
 
 if __name__ == "__main__":

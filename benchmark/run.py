@@ -61,12 +61,25 @@ class Args:
     gpus_per_run: float = 0
 
 
+def fail(message):
+    """Bad input: one sentence, exit code 2."""
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 def entries(path=TASKS):
     """The entries of a folder's .toml files, or of one file, by name."""
     path, out = Path(path), {}
     for file in [path] if path.is_file() else sorted(path.glob("*.toml")):
-        for name, entry in tomllib.loads(file.read_text()).items():
-            out |= cells_of(name, {**entry, "suite": file.stem, "group": name})
+        try:
+            for name, entry in tomllib.loads(file.read_text()).items():
+                out |= cells_of(name, {**entry, "suite": file.stem, "group": name})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+            why = f"{type(e).__name__} {' '.join(str(e).split())}"
+            fail(f"--tasks {file} cannot be read ({why}): an entry is a table with a command, seeds and "
+                 "perhaps a grid, as in benchmark/tasks")
+    if not out:
+        fail(f"--tasks {path} holds no entries: neither a .toml file nor a folder of some")
     return out
 
 
@@ -83,6 +96,8 @@ def cells_of(name, entry):
             texts |= {axis: value_name, **value} if isinstance(value, dict) else {axis: value}
         names = [value_name for value_name, _ in cell]
         command = fill(entry["command"], texts)
+        if not all(type(seed) is int for seed in entry["seeds"]):
+            raise ValueError(f"{name}: seeds are whole numbers")
         out["__".join([name, *names])] = {**entry, "command": command, "cell": names}
     return out
 
@@ -325,18 +340,10 @@ def last_lines(log):
     return "\n".join(log.read_text().splitlines()[-10:]) if log.exists() else ""
 
 
-def fail(message):
-    """Bad input: one sentence, exit code 2."""
-    print(f"run.py: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
 def chosen_entries(args):
     """Those of --suite and --only."""
     everything = entries(args.tasks)
     suites = list(dict.fromkeys(entry["suite"] for entry in everything.values()))
-    if not everything:
-        fail(f"--tasks {args.tasks} holds no entries: neither a .toml file nor a folder of some")
     if args.suite and args.suite not in suites:
         fail(f"--suite {args.suite} is not in {args.tasks}: {', '.join(suites)}")
     if not (args.suite or args.only or args.dry_run):
@@ -363,12 +370,26 @@ def jobs_of(chosen, args):
     return jobs
 
 
-def main():
+def check(args):
+    """Refuses what cannot run."""
+    if not 1 <= args.workers <= 1024:
+        fail(f"--workers {args.workers} must be at least 1 and at most 1024")
+    for seed in args.seeds:
+        if not 0 <= seed <= 2**40:
+            fail(f"--seeds {seed} must be at least 0 and at most {2**40}")
+    for name in ("cpus_per_run", "gpus_per_run"):
+        if not 0 <= getattr(args, name) <= 1024:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 0 and at most 1024")
+    nearest = next(path for path in Path(args.runs_dir).absolute().parents if path.exists())
+    if not nearest.is_dir() or (Path(args.runs_dir).exists() and not Path(args.runs_dir).is_dir()):
+        fail(f"--runs-dir {args.runs_dir} is not a folder and cannot become one: choose another")
+
+
+def main(argv=None):
     sys.stdout.reconfigure(line_buffering=True)             # also into a pipe
-    args = tyro.cli(Args)
+    args = tyro.cli(Args, args=argv)
+    check(args)
     jobs = jobs_of(chosen_entries(args), args)
-    if args.workers < 1:
-        fail(f"--workers {args.workers} must be at least 1")
     if args.dry_run:
         return print("\n".join(shlex.join(argv) for argv, _ in jobs))
     queue = Queue(jobs, args)

@@ -8,6 +8,7 @@ writes its line of models.csv. tests/test_trained_agents.py plays them again.
 import csv
 import importlib
 import json
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +21,12 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from envs.vector import make_envs  # noqa: E402
-from models.flags import parse, read_model  # noqa: E402
+from models.flags import fail, load, parse, read_model  # noqa: E402
 from models.play import play  # noqa: E402
 from models.run_folder import make_agent  # noqa: E402
 
+# a file must not name any other module to import
+SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
 MODELS = ROOT / "benchmark/models"
 HERE = {  # flags that say where it was trained, and by whom
     "runs_dir": "runs", "run_name": None, "render_mode": "auto", "device": "auto", "capture_video": False,
@@ -38,9 +41,20 @@ class Args:
     episodes: int = 100  # to measure it with
 
 
+def script_of(flag, path):
+    """The script that trained a model, as a module."""
+    try:
+        name = read_model(path)["script"] if Path(path).is_file() else None
+    except Exception:                                       # damaged files raise all kinds
+        name = None
+    if name not in SCRIPTS:
+        fail(f"{flag} {path} is not a model of this project's scripts: give another, or train it with run.py")
+    return importlib.import_module(name)
+
+
 def measure(path, episodes, seed=10_000):
     """What a model gets without exploring: [3, episodes] returns, lengths, successes; and its Args."""
-    script = importlib.import_module(read_model(path)["script"])
+    script = script_of("model", path)
     args, saved = parse(script.Args, script.SCRIPT, ["--model", str(path)])
     envs = make_envs(args, min(episodes, 20), training=False)
     agent, _ = make_agent(script.Agent, args, envs, saved)
@@ -49,11 +63,21 @@ def measure(path, episodes, seed=10_000):
 
 def main(argv=None):
     args = tyro.cli(Args, args=argv)
+    if not args.entries:
+        fail("no entries are named: give some of benchmark/tasks, such as poc-gru")
+    if not 1 <= args.episodes <= 2**20:
+        fail(f"--episodes {args.episodes} must be at least 1 and at most {2**20}")
+    folder = Path(args.runs_dir)
+    found = {name: folder / f"{name}__{args.seed}" / "model.safetensors" for name in args.entries}
+    for name, path in found.items():                        # all of them, before anything is written
+        if not re.fullmatch(r"[\w.-]+", name):
+            fail(f"{name} is not an entry's name: give one of benchmark/tasks")
+        load(f"{name}: --runs-dir and --seed:", path, read_model, script_of(name, path).SCRIPT)
     MODELS.mkdir(exist_ok=True)
     table = MODELS / "models.csv"
     rows = {row["entry"]: row for row in csv.DictReader(table.open())} if table.exists() else {}
-    for entry in args.entries:
-        metadata = read_model(Path(args.runs_dir) / f"{entry}__{args.seed}" / "model.safetensors")
+    for entry, trained in found.items():
+        metadata = read_model(trained)
         weights = metadata.pop("agent")
         flags = json.loads(metadata["args"]) | HERE
         path = MODELS / f"{entry}.safetensors"

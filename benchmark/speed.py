@@ -37,6 +37,9 @@ import tyro
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from models import MEMORIES  # noqa: E402
+from models.flags import EMPTY, fail  # noqa: E402
+
 # name: env id, env kwargs, N, T, minibatches, LSTM size, hidden layer, encoder size (images), updates to time
 TASKS = {
     "poc": ("PocMemory-v0", {}, 16, 128, 8, 32, 64, 0, 16),
@@ -388,18 +391,41 @@ def append(path, row):
 
 
 def check(args):
-    """Refuses pairs script:memory of other scripts."""
+    """Refuses what cannot run."""
     known = {"ours": DQN_LENGTH, "dqn": DQN_LENGTH, "off_policy": OFF_POLICY}
     for name, scripts in known.items():
         for pair in getattr(args, name):
-            if pair.count(":") != 1 or pair.split(":")[0] not in scripts:
-                print(f"speed.py: --{name.replace('_', '-')} {pair} must be script:memory, with one of "
-                      f"{', '.join(scripts)}", file=sys.stderr)
-                sys.exit(2)
+            memories = DQN_MEMORIES if name == "dqn" else MEMORIES
+            script, _, memory = pair.partition(":")
+            if script not in scripts or memory not in memories:
+                fail(f"--{name.replace('_', '-')} {pair} must be script:memory, with one of "
+                     f"{', '.join(scripts)} and one of {', '.join(memories)}")
+    for task in args.tasks:
+        if task not in TASKS:
+            fail(f"--tasks {task} is not one of {', '.join(TASKS)}")
+    if args.child is not None and args.child not in TASKS | OFF_POLICY:
+        fail(f"--child {args.child} is not one of {', '.join(TASKS | OFF_POLICY)}")
+    most = {"num_layers": 1024, "repeats": 1000, "threads": 1024, "layer_size": 2**16, "length": 2**20}
+    for name, high in most.items():
+        value, low = getattr(args, name), 0 if name == "length" else 1
+        if not low <= value <= high:
+            fail(f"--{name.replace('_', '-')} {value} must be at least {low} and at most {high}")
+    if args.out is not None:
+        fail_if_no_file_can_be(args.out)
 
 
-def main():
-    args = tyro.cli(Args)
+def fail_if_no_file_can_be(path):
+    try:
+        new = not Path(path).exists()
+        open(path, "a").close()                             # whether it can be, before hours of timing
+        if new:
+            Path(path).unlink()
+    except OSError as e:
+        fail(f"--out {path or EMPTY} cannot be written ({e.strerror}): choose another file")
+
+
+def main(argv=None):
+    args = tyro.cli(Args, args=argv)
     check(args)
     if args.child:
         run_sb3(args)

@@ -23,6 +23,8 @@ sys.path.insert(0, str(ROOT))
 
 import ppo_recurrent_sbb as sbb  # noqa: E402
 import ppo_recurrent_tbb as tbb  # noqa: E402
+from models import MEMORIES  # noqa: E402
+from models.files import fail, make_out  # noqa: E402
 
 
 @dataclass
@@ -88,14 +90,32 @@ def by_distance(pairs, distance):
     return [pairs.diagonal(-d)[distance - d :].mean().item() for d in range(distance + 1)]
 
 
+def check(args):
+    """Refuses what cannot run."""
+    for memory in args.memories:
+        if memory not in MEMORIES:
+            fail(f"--memories {memory} is not one of {', '.join(MEMORIES)}")
+    for L in args.lengths:
+        if not 1 <= L <= 2**12:
+            fail(f"--lengths {L} must be at least 1 and at most {2**12}")
+    for name in ("memories", "lengths"):
+        if not getattr(args, name):
+            fail(f"--{name} needs a value")
+    if not 1 <= args.steps <= 2**12:
+        fail(f"--steps {args.steps} must be at least 1 and at most {2**12}")
+    if not 0 <= args.distance < args.steps:
+        fail(f"--distance {args.distance} must be at least 0 and less than --steps {args.steps}")
+
+
 def main(argv=None):
     args = tyro.cli(Args, args=argv)
+    check(args)
     torch.set_num_threads(1)
     import matplotlib.pyplot as plt
 
     plt.switch_backend("Agg")
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    make_out(out)
     columns = len(args.memories)
     figure, axes = plt.subplots(
         1, columns, figsize=(4 * columns, 3), layout="constrained", squeeze=False)

@@ -7,7 +7,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.envs.classic_control import CartPoleEnv
 
-from envs.batch import BatchEnv, SingleEnv
+from envs.batch import BatchEnv, SingleEnv, check_whole
 
 
 class CartPoleMaskedBatch(BatchEnv):
@@ -15,6 +15,7 @@ class CartPoleMaskedBatch(BatchEnv):
         self.cartpole = CartPoleEnv(render_mode="rgb_array")                # for constants and drawing
         observation_space = self.cartpole.observation_space
         super().__init__(observation_space, gym.spaces.Discrete(2), num_envs, **kwargs)
+        check_whole(max_steps=max_steps)
         self.max_steps = max_steps
         self.t = np.zeros(num_envs, int)                    # [N]
         self.state = np.zeros((num_envs, 4))                # [N, 4] x, x_dot, theta, theta_dot

@@ -21,7 +21,7 @@ import numpy as np
 from minigrid.core.constants import COLOR_TO_IDX, OBJECT_TO_IDX, STATE_TO_IDX
 from minigrid.envs import MemoryEnv
 
-from envs.batch import BatchEnv, SingleEnv
+from envs.batch import BatchEnv, SingleEnv, check_whole
 
 SUCCESS, FAILURE = 1, 2  # outcome of a step; 0: the episode goes on
 
@@ -102,6 +102,7 @@ def enumerate_states(size, view_size, tile_size, random_length, rgb):
 class MinigridMemoryBatch(BatchEnv):
     def __init__(self, num_envs=1, size=9, view_size=3, tile_size=28, rgb=True, random_length=False,
                  max_steps=None, **kwargs):
+        check_whole(size=size, view_size=view_size, tile_size=tile_size)
         self.tables = enumerate_states(size, view_size, tile_size, random_length, rgb)
         shape = self.tables.views.shape[1:]
         if rgb:
@@ -110,7 +111,8 @@ class MinigridMemoryBatch(BatchEnv):
             symbols = [len(OBJECT_TO_IDX), len(COLOR_TO_IDX), len(STATE_TO_IDX)]
             observation_space = gym.spaces.MultiDiscrete(np.broadcast_to(symbols, shape))
         super().__init__(observation_space, gym.spaces.Discrete(3), num_envs, **kwargs)
-        self.max_steps = max_steps or 5 * size**2
+        self.max_steps = 5 * size**2 if max_steps is None else max_steps
+        check_whole(max_steps=self.max_steps)
         self.t = np.zeros(num_envs, int)                    # [N]
         self.state = np.zeros(num_envs, int)                # [N]
 

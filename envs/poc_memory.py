@@ -15,7 +15,7 @@ cells +-2 and +-3 (2 of 5 starts) the first move has given the goal away.
 import gymnasium as gym
 import numpy as np
 
-from envs.batch import BatchEnv, SingleEnv
+from envs.batch import BatchEnv, SingleEnv, check_whole
 
 SHOW_STEPS, STEP_PENALTY, GOAL_REWARD = 2, 0.1, 1.6
 END = 5  # the outermost cell; cells are numbered -5 ... 5 and are 0.2 wide
@@ -25,6 +25,7 @@ class PocMemoryBatch(BatchEnv):
     def __init__(self, num_envs=1, freeze=True, max_steps=100, **kwargs):
         observation_space = gym.spaces.Box(-1.0, 1.0, (3,), np.float32)
         super().__init__(observation_space, gym.spaces.Discrete(2), num_envs, **kwargs)
+        check_whole(max_steps=max_steps)
         self.freeze, self.max_steps = freeze, max_steps
         self.t = np.zeros(num_envs, int)                    # [N]
         self.cell = np.zeros(num_envs, int)                 # [N] -5 ... 5

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside and renamed, locked, checked, never run. And refusing.
+"""Files that are whole or not there: written beside and renamed, locked, checked, never run.
 
 Whatever fails says so in one sentence.
 """
@@ -25,6 +25,14 @@ def refuse_more_than_memory(nbytes, flag):
     """Refuses what the machine has no memory for."""
     if hasattr(os, "sysconf") and nbytes > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
         fail(f"{flag} needs {nbytes / 2**30:,.1f} GiB of memory, and this machine has less: lower it")
+
+
+def make_out(folder):
+    """The folder that --out names."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        fail(f"--out {folder} cannot be made ({e.strerror}): choose another folder")
 
 
 def lock(folder):
@@ -71,6 +79,8 @@ def refused_if_the_disk_does(path):
 
 def read_model(path):
     """Weights and flags of a model file. safetensors holds numbers and text: it cannot run code."""
+    if Path(path).exists() and not Path(path).is_file():   # to open a pipe would wait for ever
+        raise ValueError("not a file")
     with safetensors.safe_open(path, "pt") as f:
         return {**f.metadata(), "agent": {name: f.get_tensor(name) for name in f.keys()}}
 

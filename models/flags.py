@@ -1,6 +1,6 @@
 """What a flag may be, said where it is declared:   num_envs: Count = 64
 
-Anything else is refused in one sentence.
+Anything else is refused in one sentence, and so is more than MOST of what would hang or crash a run.
 `parse` reads the command line and the model or checkpoint that --model or --resume names.
 """
 import contextlib
@@ -18,6 +18,11 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from models.files import fail, read_checkpoint, read_model
 
+EMPTY = '""'  # a path of no letters, as somebody typed it
+MOST = {  # no run can mean more
+    "num_threads": 1024, "num_layers": 1024, "n_step": 1024, "replay_ratio": 1000, "update_epochs": 10_000,
+    **dict.fromkeys(("hidden_size", "mlp_size", "encoder_size", "num_envs", "num_steps"), 2**16),
+    **dict.fromkeys(("batch_size", "tape_len", "seq_len"), 2**22)}
 LAYOUT = "2"  # of model and checkpoint files; raised when what they hold changes
 
 
@@ -49,7 +54,8 @@ Schedule = Annotated[tuple[float, ...], schedule_complaint]
 
 def json_or_text(words):
     try:
-        return json.loads(words[0])
+        found = json.loads(words[0])
+        return "null" if found is None else found           # None would be a flag that was not given
     except json.JSONDecodeError:
         return words[0]                                     # json_complaint will refuse it
 
@@ -109,6 +115,8 @@ def refuse_what_is_out_of_range(args):
             if value is not None and complaint(value):
                 shown = value if isinstance(value, str) else json.dumps(value)
                 fail(f"--{name.replace('_', '-')} {shown} {complaint(value)}")
+        if name in MOST and value > MOST[name]:
+            fail(f"--{name.replace('_', '-')} {value} must be at most {MOST[name]}")
 
 
 def args_of(Args, saved):
@@ -126,11 +134,15 @@ def args_of(Args, saved):
 def load(flag, path, read, script):
     """What `read` finds at `path`, if it was made by this script."""
     try:
+        file = Path(path) / "checkpoint.pt" if flag == "--resume" else Path(path)
+        if path and file.exists() and not file.is_file():   # to open a pipe would wait for ever
+            fail(f"{flag} {path} is not a file; give the model.safetensors in a run folder")
         saved = read(path)
         made_by = saved["script"]
         dict(json.loads(saved["args"]))
     except FileNotFoundError:
-        fail(f"{flag} {path} does not exist; training ends by printing what to play and what to resume")
+        fail(f"{flag} {path or EMPTY} does not exist; training ends by printing what to play and what to "
+             "resume")
     except Exception as e:                                  # damaged files raise all kinds
         fail(f"{flag} {path} cannot be read ({type(e).__name__}): it is damaged or another program's")
     if made_by != script:
@@ -138,4 +150,13 @@ def load(flag, path, read, script):
     if flag == "--resume" and saved.get("layout") != LAYOUT:
         fail(f"{flag} {path} was made by an older version of {script}.py and cannot be continued by this "
              "one: train again, or continue it with that version")
+    refuse_broken_weights(f"{flag} {path}", saved.get("agent"))
     return saved
+
+
+def refuse_broken_weights(what, weights):
+    if not weights or not isinstance(weights, dict):
+        fail(f"{what} holds no weights: it is damaged; choose another file")
+    for name, weight in weights.items():
+        if not isinstance(weight, torch.Tensor) or weight.isnan().any():
+            fail(f"{what} holds weights that are not numbers ({name}): it is damaged; choose another file")

@@ -9,6 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from models.cpu_speed import Linear
+from models.layers import check_sizes
 
 
 class GPT(nn.Module):
@@ -24,6 +25,9 @@ class GPT(nn.Module):
 
     def __init__(self, input_size, hidden_size, num_layers=1, window=128, head_size=32):
         super().__init__()
+        check_sizes(window=window, head_size=head_size)
+        if hidden_size % 2 or head_size == 1:
+            raise ValueError("hidden_size must be even, and head_size at least 2")
         while hidden_size % head_size or head_size % 2:     # the next lower even divisor
             head_size -= 1
         self.hidden_size, self.kept = hidden_size, window - 1

@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from models.layers import SPAN, chrono
+from models.layers import SPAN, check_rising, check_sizes, chrono
 from models.scan import linear_scan
 
 
@@ -97,6 +97,10 @@ class LRU(LinearRecurrence):
     """
 
     def __init__(self, size, state_size=None, r_min=0.9, r_max=0.999):
+        check_sizes(state_size=state_size)
+        check_rising(r_min=r_min, r_max=r_max)
+        if r_max >= 1:
+            raise ValueError(f"r_max must be less than 1, not {r_max}")
         N = state_size or size
         super().__init__(size, (N,), torch.complex64)
         modulus2 = torch.empty(N).uniform_(r_min**2, r_max**2)
@@ -130,6 +134,9 @@ class S5(LinearRecurrence):
     """
 
     def __init__(self, size, dt_min=0.001, dt_max=0.1):
+        check_rising(dt_min=dt_min, dt_max=dt_max)
+        if size % 2:
+            raise ValueError(f"hidden_size must be even, not {size}")
         super().__init__(size, (size // 2,), torch.complex64)
         # Why HiPPO-LegS: its state is the past input in Legendre polynomials, so a new S5 remembers.
         # Its normal part, HiPPO-LegS + p p^T = -1/2 + (skew - skew^T), has orthogonal eigenvectors.
@@ -170,6 +177,8 @@ class S6(LinearRecurrence):
     """
 
     def __init__(self, size, state_size=8, dt_min=0.001, dt_max=0.1):
+        check_sizes(state_size=state_size)
+        check_rising(dt_min=dt_min, dt_max=dt_max)
         super().__init__(size, (size, state_size))
         self.A_log = nn.Parameter(torch.arange(1.0, state_size + 1).log().repeat(size, 1))
         self.D = nn.Parameter(torch.ones(size))
@@ -200,7 +209,10 @@ class FFM(LinearRecurrence):
     """
 
     def __init__(self, size, contexts=4):
+        check_sizes(contexts=contexts)
         traces = size // contexts
+        if traces == 0:
+            raise ValueError(f"contexts must be at most hidden_size {size}, not {contexts}")
         super().__init__(size, (traces, contexts), torch.complex64)
         self.alpha = nn.Parameter(torch.linspace(1e-6, 0.5, traces))
         self.omega = nn.Parameter(2 * math.pi / torch.linspace(1, 1000, contexts))

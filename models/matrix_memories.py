@@ -11,6 +11,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from models.layers import check_sizes
+
 CHUNK = 32  # steps of one square
 
 
@@ -36,6 +38,7 @@ class MatrixMemory(nn.Module):
 
     def __init__(self, size, key_size, heads):
         super().__init__()
+        check_sizes(key_size=key_size, heads=heads)
         key_size = min(key_size, size)
         while size % key_size:
             key_size -= 1

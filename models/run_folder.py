@@ -182,12 +182,27 @@ def make_agent(Agent, args, envs, saved):
     """The agent for this task on its device, with the saved weights if there are any."""
     device = pick_device(args.device)
     memory_kwargs = json.dumps(args.memory_kwargs)
-    what = f"--env-id {args.env_id} with --memory {args.memory} and --memory-kwargs {memory_kwargs}"
+    what = (f"--env-id {args.env_id} with --memory {args.memory}, --hidden-size {args.hidden_size} and "
+            f"--memory-kwargs {memory_kwargs}")
     with refused_in_one_sentence(what):
         agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
+        for part in agent.modules():
+            if hasattr(part, "encoder") and hasattr(part, "memory"):
+                remember_one_step(part.memory, part.encoder.out_size, device)
     if saved:
         load_weights(agent, saved)
     return agent, device
+
+
+@torch.no_grad()
+def remember_one_step(memory, input_size, device):
+    """Wrong sizes show before a run exists."""
+    x, start = torch.zeros(1, 1, input_size, device=device), torch.ones(1, 1, dtype=torch.bool, device=device)
+    y, state = memory(x, memory.initial_state(1), start)
+    if not all(s.numel() for s in state):
+        raise ValueError("these sizes leave no memory: raise them")
+    if not all(s.isfinite().all() for s in (y, *state)):
+        raise ValueError("the memory's first outputs are not finite: leave its numbers out")
 
 
 def load_weights(agent, saved):

@@ -114,5 +114,5 @@ def test_everybody_may_read_a_models_file(tmp_path):
 @pytest.mark.quick
 @pytest.mark.parametrize("flag", ["--model", "--resume"])
 def test_an_empty_name_is_no_new_training(tmp_path, capsys, flag):
-    assert f"{flag}  does not exist" in refused(capsys, ppo.main, [flag, "", "--runs-dir", str(tmp_path)])
+    assert f'{flag} "" does not exist' in refused(capsys, ppo.main, [flag, "", "--runs-dir", str(tmp_path)])
     assert not list(tmp_path.iterdir())
