@@ -104,6 +104,8 @@ def test_actions_in_the_environments_units():
     assert np.array_equal(PolicyHead(3, Box(-np.inf, np.inf, (2,))).to_env(ones), ones.numpy())
     whole = PolicyHead(3, Box(0, 4, (2,), np.int32)).to_env(ones)
     assert set(np.unique(whole)) == {0, 1, 2, 3, 4} and whole.dtype == np.int32
+    near = PolicyHead(3, Box(0, 4, (1,), np.int32)).to_env(torch.tensor([[0.9], [-0.9]]))
+    assert near.tolist() == [[4], [0]]                      # 3.8 and 0.2: the nearest
 
 
 @pytest.mark.parametrize("shape, dtype", [
@@ -153,10 +155,13 @@ def test_integers_without_bounds_are_not():
     assert Encoder(space)((torch.tensor([[3, -4]]),)).tolist() == [[3, -4]]
 
 
-def test_training_on_half_floats_and_stacks(tmp_path):
-    """Acting, the replay and the update take them."""
+def test_training_on_half_floats_and_short_integers(tmp_path):
+    """Acting, the replay and the update take them. torch can do little with uint16: they are int64."""
     import dqn_recurrent_sbb as dqn
 
+    for dtype in np.uint16, np.uint32:
+        x, = to_tensors(Box(0, 9, (2,), dtype), np.array([[1, 2], [3, 4]], dtype), "cpu")
+        assert x.masked_fill(x > 2, 0).tolist() == [[1, 2], [0, 0]]
     for name, space in ("Half-v0", Box(-10, 10, (2,), np.float16)), ("Short-v0", Box(0, 9, (2,), np.uint16)):
         gym.registry.pop(name, None)
         gym.register(name, type("Typed", (Stranger,), {"observation_space": space}))
