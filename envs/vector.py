@@ -11,7 +11,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 
 from envs.batch import BatchEnv
-from envs.wrappers import Guest, Guests, PreviousActionReward, ResetOptions
+from envs.wrappers import Guest, Guests, PreviousActionReward, ResetOptions, in_symbols
 from models.flags import fail, refused_in_one_sentence
 
 
@@ -48,7 +48,7 @@ def make_vector(args, num_envs, training, render_mode):
         return gym.make_vec(env_id, num_envs, autoreset_mode=autoreset, **kwargs)
     if render_mode:
         kwargs = {**kwargs, "render_mode": render_mode}
-    wrappers = [] if ours else [Guest]                      # with Guests, in place of Gymnasium's checker
+    wrappers = [] if ours else [in_symbols, Guest]          # with Guests, in place of Gymnasium's checker
     if options:
         wrappers.append(functools.partial(ResetOptions, options=options))
     envs = gym.make_vec(

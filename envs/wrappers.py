@@ -1,10 +1,60 @@
 """Wrappers around tasks: other people's at the door, fixed reset options, previous action and reward."""
+import re
+
 import gymnasium as gym
 import numpy as np
 from gymnasium.vector.utils import batch_space, concatenate, create_empty_array
+from minigrid.core.constants import COLOR_TO_IDX, OBJECT_TO_IDX
+from minigrid.core.mission import MissionSpace
+from minigrid.envs.babyai.core.roomgrid_level import BabyAIMissionSpace
 
 from models.encoder import leaves
 from models.flags import fail
+
+WORDS = """a after and at avoid ball behind blue box door end fetch find from front get go goal green grey
+    hallway in key lava left matching maze must near next object of on open opening pick purple put reach red
+    right room rooms square the then to traverse unlock up use yellow you your""".split()
+TOKENS = {word: token for token, word in enumerate(WORDS, start=2)}  # 0: no word, 1: an unknown one
+
+
+class Symbols(gym.ObservationWrapper):
+    """MiniGrid and BabyAI in integers: `image` [H, W, 3] as object, colour and state, `mission` as words.
+
+    PITFALL: the image has bounds of 0 and 255, but it is no picture: divided by 255 its symbols are too alike
+      to be told apart. Symptom: MiniGrid-Empty-8x8-v0 stays at a return of .64.
+      Test: test_spaces.py::test_minigrid_is_read_as_symbols.
+    """
+
+    def __init__(self, env):
+        super().__init__(env)
+        spaces = dict(env.observation_space.spaces)
+        symbols = len(OBJECT_TO_IDX), len(COLOR_TO_IDX), 4  # of an object, or where the agent looks
+        nvec = np.broadcast_to(symbols, spaces["image"].shape)
+        spaces["image"] = gym.spaces.MultiDiscrete(nvec, dtype=np.uint8)
+        self.length = length_of(spaces["mission"])
+        spaces["mission"] = gym.spaces.MultiDiscrete([len(TOKENS) + 2] * self.length, dtype=np.uint8)
+        self.observation_space = gym.spaces.Dict(spaces)
+
+    def observation(self, obs):
+        words = re.findall(r"\w+", obs["mission"].lower())[:self.length]
+        mission = np.zeros(self.length, np.uint8)
+        mission[:len(words)] = [TOKENS.get(word, 1) for word in words]
+        return {**obs, "mission": mission}
+
+
+def length_of(mission):
+    """The most words that a mission of this space has."""
+    if isinstance(mission, BabyAIMissionSpace):             # "put a red ball in front of you next to a box
+        return 72                                           # on your left", four times, with an and, a then
+    longest = [max(words, key=lambda text: len(text.split())) for words in mission.ordered_placeholders or ()]
+    return len(mission.mission_func(*longest).split())
+
+
+def in_symbols(env):
+    """What MiniGrid's interface shows, in integers; other tasks as they are."""
+    space = env.observation_space
+    theirs = isinstance(space, gym.spaces.Dict) and isinstance(space.spaces.get("mission"), MissionSpace)
+    return Symbols(env) if theirs and "image" in space.spaces else env
 
 
 class Guest(gym.Wrapper):
@@ -33,6 +83,7 @@ class Guests(gym.vector.VectorWrapper):
     def __init__(self, envs):
         super().__init__(envs)
         self.spaces = leaves(envs.single_observation_space)
+        self.names = names_of(envs.single_observation_space)
         self.bounds = [bounds_of(space) for space in self.spaces]
 
     def reset(self, *, seed=None, options=None):
@@ -53,17 +104,27 @@ class Guests(gym.vector.VectorWrapper):
         return obs, rewards, terminated, truncated, infos
 
     def check(self, obs):
-        for space, bounds, leaf in zip(self.spaces, self.bounds, leaves(self.single_observation_space, obs)):
+        found = leaves(self.single_observation_space, obs)
+        for name, space, bounds, leaf in zip(self.names, self.spaces, self.bounds, found):
             if bounds is None:
                 continue
             inside = (leaf >= bounds[0]) & (leaf <= bounds[1])                  # nan is in no bounds
             if not inside.all():
                 outside = ~inside.reshape(len(leaf), -1).all(1)                 # [N]
-                self.refuse(outside, leaf, f"left its space {space} with")
+                self.refuse(outside, leaf, f"left its space {name}{space} with")
 
     def refuse(self, rows, values, what):
         n = np.flatnonzero(rows)[0]
         fail(f"--env-id {self.env.spec.id} {what} {values[n]} in environment {n} after {self.steps} steps")
+
+
+def names_of(space, name=""):
+    """Where each leaf is found, in the order of leaves(): "hand[0]: "; "" if there is only one."""
+    parts = getattr(space, "spaces", None)
+    if parts is None:
+        return [f"{name}: " if name else ""]
+    parts = parts if isinstance(space, gym.spaces.Dict) else dict(enumerate(parts))
+    return sum((names_of(part, f"{name}[{key}]" if name else f"{key}") for key, part in parts.items()), [])
 
 
 def bounds_of(space):
@@ -116,6 +177,10 @@ class PreviousActionReward(gym.vector.VectorWrapper):
     def __init__(self, envs, action, reward):
         super().__init__(envs)
         space, parts = envs.single_action_space, [envs.single_observation_space]
+        kinds = gym.spaces.Discrete, gym.spaces.MultiDiscrete, gym.spaces.Box
+        if not isinstance(space, kinds) or len(space.shape) > 1:
+            raise ValueError(f"action space {space} is not supported: it can be a Discrete, or a "
+                             "MultiDiscrete or Box of one dimension")
         if action and isinstance(space, gym.spaces.Discrete):
             parts.append(gym.spaces.Discrete(int(space.n) + 1, start=int(space.start) - 1))
         elif action and isinstance(space, gym.spaces.MultiDiscrete):

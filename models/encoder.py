@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from models.images import Image
+from models.images import Image, is_picture
 from models.layers import init
 from models.running_stats import RunningMeanStd
 
@@ -31,9 +31,11 @@ def leaves(space, obs=None):
 
 
 def to_tensors(space, obs, device):
-    """A (batched) observation as a flat tuple of tensors, one a leaf. float64 becomes float32."""
-    tensors = (torch.as_tensor(np.asarray(o, order="C"), device=device) for o in leaves(space, obs))
-    return tuple(o.float() if o.dtype == torch.float64 else o for o in tensors)
+    """A (batched) observation as a flat tuple of tensors, one a leaf. All floats become float32."""
+    arrays = (np.asarray(o, order="C") for o in leaves(space, obs))
+    arrays = (o.astype(np.int64) if o.dtype.kind == "u" and o.itemsize > 1 else o for o in arrays)
+    tensors = (torch.as_tensor(o, device=device) for o in arrays)           # torch knows only uint8 well
+    return tuple(o.float() if o.is_floating_point() else o for o in tensors)
 
 
 class OneHot(nn.Module):
@@ -60,11 +62,21 @@ class OneHot(nn.Module):
 
 
 class Vector(nn.Module):
-    """Numbers [..., *shape] -> floats [..., prod(shape)].   normalize: by running statistics"""
+    """Numbers [..., *shape] -> floats [..., prod(shape)].   normalize: by running statistics
+
+    Integers with bounds, as a console's RAM, are scaled to [0, 1]; bounds of 2^31 and more are none.
+    """
 
     def __init__(self, space, normalize=False):
         super().__init__()
         self.ndim, self.out_size = len(space.shape), math.prod(space.shape)
+        self.scaled = isinstance(space, gym.spaces.Box) and np.issubdtype(space.dtype, np.integer)
+        if self.scaled:
+            low, width = space.low.astype(float), space.high.astype(float) - space.low.astype(float)
+            bounded = (width > 0) & (width < 2**31 - 1)
+            low, width = np.where(bounded, low, 0).flatten(), np.where(bounded, width, 1).flatten()
+            self.register_buffer("low", torch.as_tensor(low, dtype=torch.float32), persistent=False)
+            self.register_buffer("width", torch.as_tensor(width, dtype=torch.float32), persistent=False)
         self.stats = RunningMeanStd(self.out_size) if normalize else None
 
     def forward(self, x):
@@ -72,7 +84,8 @@ class Vector(nn.Module):
         return x if self.stats is None else self.stats.normalize(x)
 
     def flat(self, x):
-        return x.reshape(*x.shape[: x.dim() - self.ndim], self.out_size).float()
+        x = x.reshape(*x.shape[: x.dim() - self.ndim], self.out_size).float()
+        return (x - self.low) / self.width if self.scaled else x
 
     def update(self, x):
         if self.stats is not None:
@@ -99,14 +112,15 @@ class Encoder(nn.Module):
     def leaf(space, normalize):
         if isinstance(space, (gym.spaces.Discrete, gym.spaces.MultiDiscrete)):
             return OneHot(space)
-        if isinstance(space, gym.spaces.Box) and len(space.shape) == 3:
+        if isinstance(space, gym.spaces.Box) and is_picture(space):
             return Image(space)
         if isinstance(space, gym.spaces.Box):
             return Vector(space, normalize)
         if isinstance(space, gym.spaces.MultiBinary):
             return Vector(space)
         raise ValueError(f"observation space {space} is not supported: it can be a Box, Discrete, "
-                         "MultiDiscrete or MultiBinary, or a Dict or Tuple of these")
+                         "MultiDiscrete or MultiBinary, or a Dict or Tuple of these; a "
+                         "gymnasium.ObservationWrapper can turn it into one, as Symbols in envs/wrappers.py")
 
     def forward(self, obs):
         features = [leaf(o) for leaf, o in zip(self.leaves, obs)]

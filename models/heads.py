@@ -10,8 +10,8 @@ from models.layers import init
 
 class PolicyHead(nn.Module):
     """[..., F] -> distribution. Discrete: categorical. MultiDiscrete: one categorical a branch.
-    Box: Gaussian with one learned log-std a dimension, as CleanRL; the environment gets the actions
-    clipped to the bounds.
+    Box: Gaussian with one learned log-std a dimension, as CleanRL, in units that put finite bounds at
+    -1 and 1; the environment gets the actions clipped to the bounds.
 
     action_shape, action_dtype: of one stored action.   Raises ValueError for any other space.
     """
@@ -28,6 +28,12 @@ class PolicyHead(nn.Module):
         elif isinstance(space, gym.spaces.Box) and len(space.shape) == 1:
             out_size, self.action_dtype = space.shape[0], torch.float32
             self.log_std = nn.Parameter(torch.zeros(out_size))
+            low, high = space.low.astype(float), space.high.astype(float)
+            finite = high - low < 1e9                       # what is wider is no bound
+            # PITFALL: a Gaussian of mean 0 and spread 1 in the task's own units. Symptom: with bounds of
+            #   [100, 200] every action is 100. Test: test_spaces.py::test_actions_fill_their_bounds.
+            self.scale = np.where(finite, (high - low) / 2, 1.0)
+            self.centre = np.where(finite, low + self.scale, 0.0)
         else:
             raise ValueError(f"action space {space} is not supported: it can be a Discrete, or a "
                              "MultiDiscrete or Box of one dimension")
@@ -42,10 +48,13 @@ class PolicyHead(nn.Module):
         return DiagonalGaussian(out, self.log_std)
 
     def to_env(self, action):
-        """Actions as the environment takes them: numpy, Box clipped, integers from its start."""
+        """Actions as the environment takes them: numpy, Box scaled and clipped, integers from its start."""
         action = action.cpu().numpy()
         if isinstance(self.space, gym.spaces.Box):
-            return np.clip(action, self.space.low, self.space.high).astype(self.space.dtype)
+            action = self.centre + self.scale * action
+            whole = np.issubdtype(self.space.dtype, np.integer)
+            action = np.rint(action) if whole else action
+            return action.clip(self.space.low, self.space.high).astype(self.space.dtype)
         return (action + self.first).astype(self.space.dtype)
 
 

@@ -1,4 +1,6 @@
 """The encoder of images: one kind of leaf in models/encoder.py."""
+import math
+
 import numpy as np
 import torch
 import torch.nn as nn
@@ -6,8 +8,17 @@ import torch.nn as nn
 from models.layers import init
 
 
+def is_picture(space):
+    """Boxes of three dimensions and stacks of four; of two only 0 to 255 and at least 8 x 8."""
+    if len(space.shape) == 2:
+        return space.low.min() >= 0 and space.high.max() == 255 and min(space.shape) >= 8
+    return len(space.shape) in (3, 4)
+
+
 class Image(nn.Module):
-    """Images [..., H, W, C] or [..., C, H, W] -> features. Integers are divided by their bound.
+    """Images [..., H, W, C] or [..., C, H, W] -> features. Integers and 0 to 255 are divided by their bound.
+
+    [..., H, W] has one channel. Of a stack [..., K, H, W, C] or [..., K, C, H, W] all are channels.
 
     From 36 pixels on: the three layers of Mnih et al. 2015 (Nature). Below: three 3x3 layers. The
     order is guessed from the sizes: C is last if H = W, or else if it is smaller than H and not
@@ -16,12 +27,16 @@ class Image(nn.Module):
 
     def __init__(self, space):
         super().__init__()
-        h, w, c = space.shape
-        self.channels_last = h == w or (w != c and c < h)
+        self.shape = (*space.shape, 1) if len(space.shape) == 2 else space.shape
+        self.ndim = len(space.shape)
+        h, w, c = self.shape[-3:]
+        self.channels_last = h == w or (w != c and c < h) or self.ndim == 2
         if not self.channels_last:
-            c, h, w = space.shape
-        integer = np.issubdtype(space.dtype, np.integer)
-        self.scale = 1.0 / float(space.high.max()) if integer else 1.0
+            c, h, w = self.shape[-3:]
+        c *= math.prod(self.shape[:-3])                     # K
+        high = float(space.high.max())
+        scaled = np.issubdtype(space.dtype, np.integer) or (space.low.min() >= 0 and high == 255)
+        self.scale = 1.0 / high if scaled else 1.0
         if min(h, w) >= 36:                                 # out channels, kernel, stride, padding
             sizes = [(32, 8, 4, 0), (64, 4, 2, 0), (64, 3, 1, 0)]
         else:
@@ -35,8 +50,8 @@ class Image(nn.Module):
             self.out_size = self.cnn(torch.zeros(1, layers[0].in_channels, h, w)).shape[1]
 
     def forward(self, x):
-        batch = x.shape[:-3]
-        x = x.flatten(0, -4)                                # [M, *space.shape]
+        batch = x.shape[:-self.ndim]
+        x = x.reshape(-1, *self.shape)                      # [M, H, W, C], [M, C, H, W] or [M, K, ...]
         if x.device.type == "cpu":
             images, where = distinct(x)
             y = self.encode(images)[where]
@@ -45,7 +60,8 @@ class Image(nn.Module):
         return y.view(*batch, -1)
 
     def encode(self, x):
-        x = x.permute(0, 3, 1, 2) if self.channels_last else x              # [M, C, H, W]
+        x = x.movedim(-1, -3) if self.channels_last else x  # [M, C, H, W] or [M, K, C, H, W]
+        x = x.flatten(1, -3)                                # [M, K C, H, W]
         return self.cnn(x * self.scale)
 
 

@@ -12,7 +12,6 @@ from tests.helpers import run
 # flags: what the refusal says. It names one of the flags as well.
 BAD = {
     "--env-id PocMemry-v0": "Did you mean: `PocMemory`",
-    "--env-id MiniGrid-MemoryS9-v0": "not supported",
     '--env-id MinigridMemory-v0 --env-kwargs {"size":8}': "--env-kwargs",
     '--env-kwargs {"colour":1}': "colour",
     '--env-kwargs {"max_steps":"ten"}': "--env-kwargs",
