@@ -96,7 +96,7 @@ def cells_of(name, entry):
             texts |= {axis: value_name, **value} if isinstance(value, dict) else {axis: value}
         names = [value_name for value_name, _ in cell]
         command = fill(entry["command"], texts)
-        if not all(type(seed) is int for seed in entry["seeds"]):
+        if not all(type(seed) is int for seed in entry.get("seeds", ())):
             raise ValueError(f"{name}: seeds are whole numbers")
         out["__".join([name, *names])] = {**entry, "command": command, "cell": names}
     return out
@@ -360,7 +360,10 @@ def chosen_entries(args):
 
 def jobs_of(chosen, args):
     """(argv, folder) of every run: the first seed of every entry first."""
-    seeds = {name: args.seeds or entry["seeds"] for name, entry in chosen.items()}
+    seeds = {name: args.seeds or entry.get("seeds", ()) for name, entry in chosen.items()}
+    for name in seeds:
+        if not seeds[name]:
+            fail(f"--tasks {args.tasks}: {name} names no seeds; give --seeds")
     jobs = []
     for seed in sorted(set(itertools.chain(*seeds.values()))):
         for name, entry in chosen.items():

@@ -134,10 +134,10 @@ def args_of(Args, saved):
 def load(flag, path, read, script):
     """What `read` finds at `path`, if it was made by this script."""
     try:
+        file = Path(path) / "checkpoint.pt" if flag == "--resume" else Path(path)
         if not path:
             raise FileNotFoundError
-        file = Path(path) / "checkpoint.pt" if flag == "--resume" else Path(path)
-        if file.exists() and not file.is_file():   # to open a pipe would wait for ever
+        if file.exists() and not file.is_file():            # to open a pipe would wait for ever
             fail(f"{flag} {path} is not a file; give the model.safetensors in a run folder")
         saved = read(path)
         made_by = saved["script"]
