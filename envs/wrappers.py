@@ -22,8 +22,8 @@ class Symbols(gym.ObservationWrapper):
 
     def __init__(self, env):
         super().__init__(env)
-        # PITFALL: the image has bounds of 0 and 255 and is no picture: divided by 255 its symbols are too alike
-        #   to be told apart. Symptom: MiniGrid-Empty-8x8-v0 stays at a return of .64.
+        # PITFALL: the image has bounds of 0 and 255 and is no picture: divided by 255 its symbols are too
+        #   alike to be told apart. Symptom: MiniGrid-Empty-8x8-v0 stays at a return of .64.
         #   Test: test_spaces.py::test_minigrid_is_read_as_symbols.
         spaces = dict(env.observation_space.spaces)
         symbols = len(OBJECT_TO_IDX), len(COLOR_TO_IDX), 4  # of an object, or where the agent looks
