@@ -18,15 +18,13 @@ TOKENS = {word: token for token, word in enumerate(WORDS, start=2)}  # 0: no wor
 
 
 class Symbols(gym.ObservationWrapper):
-    """MiniGrid and BabyAI in integers: `image` [H, W, 3] as object, colour and state, `mission` as words.
-
-    PITFALL: the image has bounds of 0 and 255, but it is no picture: divided by 255 its symbols are too alike
-      to be told apart. Symptom: MiniGrid-Empty-8x8-v0 stays at a return of .64.
-      Test: test_spaces.py::test_minigrid_is_read_as_symbols.
-    """
+    """MiniGrid and BabyAI in integers: `image` [H, W, 3] as object, colour and state, `mission` as words."""
 
     def __init__(self, env):
         super().__init__(env)
+        # PITFALL: the image has bounds of 0 and 255 and is no picture: divided by 255 its symbols are too
+        #   alike to be told apart. Symptom: MiniGrid-Empty-8x8-v0 stays at a return of .64.
+        #   Test: test_spaces.py::test_minigrid_is_read_as_symbols.
         spaces = dict(env.observation_space.spaces)
         symbols = len(OBJECT_TO_IDX), len(COLOR_TO_IDX), 4  # of an object, or where the agent looks
         nvec = np.broadcast_to(symbols, spaces["image"].shape)
