@@ -54,8 +54,8 @@ def main(words):
     if not chosen:
         print("no plant has such a name: see --list", file=sys.stderr)
         return 2
-    sound, survivors = {}, 0                                # sound: whether a test passes with nothing planted
-    print("| name | planted | where | test | seconds |\n|---|---|---|---|---|")
+    sound, survivors = {}, 0                                # sound: does it pass with nothing planted
+    print("| name | planted | where | test | seconds |\n|---|---|---|---|---|", flush=True)
     for name, (what, where, test, _) in chosen.items():
         if test not in sound:
             sound[test] = run_test(test)[0] == 0

@@ -236,6 +236,18 @@ def test_the_door_is_shut_without_the_key_and_pays_once():
         assert (batch.row[0], batch.col[0]) == ((0, 5) if take else (2, 5))  # the board ends there
 
 
+def test_the_key_does_not_outlive_its_episode():
+    env = gym.make("KeyToDoor-v0", distractor_length=1)
+    env.reset(seed=0)
+    batch = env.unwrapped.batch
+    plan = key_walk(batch, True)
+    for t in range(15):
+        env.step(plan(None, t)[0])
+    assert batch.has_key[0]                                 # and the door was not opened
+    env.reset(seed=1)
+    assert not batch.has_key[0]
+
+
 def test_the_indicator_is_seen_once():
     env = gym.make("KeyToDoor-v0")
     env.reset(seed=0)
