@@ -167,6 +167,9 @@ def test_doors_get_new_colours_in_every_episode():
     envs.reset(seed=0)
     seen = {tuple(c) for c in envs.colours.tolist()}
     assert len(seen) == 6
+    first = envs.colours.copy()
+    envs.reset()                                            # of the same object
+    assert 0.1 < (envs.colours == first).all(1).mean() < 0.25                   # by chance: 1 in 6
     for seed in range(6):
         envs = gym.make_vec("VisualMatchPassive-v0", 50, colours_fixed=True)
         envs.reset(seed=seed)
