@@ -167,6 +167,9 @@ def test_doors_get_new_colours_in_every_episode():
     envs.reset(seed=0)
     seen = {tuple(c) for c in envs.colours.tolist()}
     assert len(seen) == 6
+    first = envs.colours.copy()
+    envs.reset()                                            # of the same object
+    assert 0.1 < (envs.colours == first).all(1).mean() < 0.25                   # by chance: 1 in 6
     for seed in range(6):
         envs = gym.make_vec("VisualMatchPassive-v0", 50, colours_fixed=True)
         envs.reset(seed=seed)
@@ -239,6 +242,18 @@ def test_the_door_is_shut_without_the_key_and_pays_once():
         player, door = (228, 148, 109), (134, 206, 235)
         assert colours == [player, door if take else player, *[player] * 4]     # Memory-RL: door over player
         assert (batch.row[0], batch.col[0]) == ((0, 5) if take else (2, 5))  # the board ends there
+
+
+def test_the_key_does_not_outlive_its_episode():
+    env = gym.make("KeyToDoor-v0", distractor_length=1)
+    env.reset(seed=0)
+    batch = env.unwrapped.batch
+    plan = key_walk(batch, True)
+    for t in range(15):
+        env.step(plan(None, t)[0])
+    assert batch.has_key[0]                                 # and the door was not opened
+    env.reset(seed=1)
+    assert not batch.has_key[0]
 
 
 def test_the_indicator_is_seen_once():

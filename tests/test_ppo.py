@@ -141,3 +141,33 @@ def test_last_observations_are_valued_by_the_state_that_acting_left(script):
     rows = [1, 3]
     values = script.values_of(agent, [(obs[5, n],) for n in rows], tuple(s[rows] for s in before_last))
     torch.testing.assert_close(values, whole[5, rows].detach())
+
+
+def test_the_entropy_bonus_raises_the_entropy(script, tmp_path, monkeypatch):
+    """With nothing to gain but the bonus, the policy stays uniform; with its sign turned it does not."""
+    gae = script.gae
+    monkeypatch.setattr(script, "gae", lambda *args, **kwargs: 0 * gae(*args, **kwargs))
+    probabilities = []
+    forward = script.Agent.forward
+
+    def recording(agent, *args, **kwargs):
+        dist, *rest = forward(agent, *args, **kwargs)
+        probabilities.append(dist.branches[0].logp.detach().exp())
+        return dist, *rest
+
+    monkeypatch.setattr(script.Agent, "forward", recording)
+    run(tmp_path, script, ent_coef=(1.0,), learning_rate=(3e-2,))
+    last = probabilities[-1]
+    assert (last - 1 / last.shape[-1]).abs().max() < 0.2
+
+
+def test_the_learning_rate_follows_its_schedule(script, tmp_path, monkeypatch):
+    rates, step = [], torch.optim.AdamW.step
+
+    def recording_step(optimizer, *args):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return step(optimizer, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recording_step)
+    run(tmp_path, script, learning_rate=(3e-2, 0.0))
+    assert sorted(set(rates), reverse=True) == pytest.approx([3e-2, 2e-2, 1e-2])    # three updates

@@ -12,17 +12,21 @@ import types
 
 import gymnasium as gym
 import imageio
+import numpy as np
 import pytest
 import safetensors
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+import ppo_recurrent_sbb
 from envs import vector
 from models import run_folder
 from models.flags import read_checkpoint
+from models.play import play
 from models.rnn import GRU
 from tests.conftest import CONTINUOUS, DISCRETE_OFF_POLICY, OFF_POLICY, PPO, SCRIPTS
 from tests.helpers import column, comparable, copies, run, small, wait_for, weights_of
+from tests.probes import NUMBERS
 
 ROW = 4 * 32  # steps between two rows of progress.csv in a small run, which has three
 NORMALISED = {"norm_obs": True, "norm_reward": True, "prev_action": True}
@@ -375,3 +379,22 @@ def test_what_is_shared_cannot_change_what_is_learned(script, tmp_path, monkeypa
     assert kept.keys() == weights.keys()
     for name, weight in weights.items():
         assert torch.equal(weight, kept[name]), name
+
+
+def test_playing_forgets_between_episodes():
+    """play() says `start` at an episode's first step and nowhere else."""
+    seen = []
+
+    class Player(torch.nn.Linear):
+        memory = types.SimpleNamespace(initial_state=lambda batch_size: ())
+
+        def act(self, obs, state, start):
+            seen.append((obs[0][:, 1].tolist(), start.tolist()))                # step in the episode
+            return np.zeros(len(start), int), state
+
+    args = small(ppo_recurrent_sbb, **NUMBERS | {"env_kwargs": {"discrete": True}})
+    tasks = vector.make_envs(ppo_recurrent_sbb.Args(**args), 2, training=False)
+    play(Player(1, 1), tasks, 8, seed=0)
+    assert len(seen) > 12
+    for steps, start in seen:
+        assert start == [step == 0 for step in steps]

@@ -1,0 +1,383 @@
+"""Bugs of the loops, the tasks and the notes in the code, for plant.py. Each function plants one."""
+import importlib
+import sys
+import types
+
+import numpy as np
+import torch
+
+from tests.conftest import DISCRETE_OFF_POLICY, OFF_POLICY, PPO
+
+PLANTS = {}
+REPLAY_TEST = "test_what_enters_the_replay_is_what_happened"
+TEST_FILES = {
+    "dqn_recurrent_sbb": "test_dqn.py", "dqn_recurrent_tbb": "test_dqn.py", "sac_gru": "test_sac_td3.py",
+    "td3_gru": "test_sac_td3.py", "sac_discrete_sbb": "test_sac_discrete.py"}
+
+
+def plant(what, where, test, scripts=(None,)):
+    """The function below is a plant, one for each script: {script} in `test` is its name."""
+    def register(function):
+        for script in scripts:
+            name = function.__name__.replace("_", "-") + (f"-{script}" if script else "")
+            at = where if not script else f"{where}, {script}.py"
+            found = test(script) if callable(test) else test.replace("{script}", script or "")
+            PLANTS[name] = what, at, found, with_module(function, script)
+        return function
+    return register
+
+
+def with_module(function, script):
+    return lambda: function(importlib.import_module(script)) if script else function()
+
+
+def of_replay(script, test=REPLAY_TEST):
+    """A test of one script's loop; the file of SAC-Discrete has no parameter for it."""
+    one = "" if script == "sac_discrete_sbb" else f"[{script}]"
+    return f"{TEST_FILES[script]}::{test}{one}"
+
+
+def wrap(owner, name, around):
+    """owner.name(*args) becomes around(original, *args)."""
+    original = getattr(owner, name)
+    setattr(owner, name, lambda *args, **kwargs: around(original, *args, **kwargs))
+
+
+def change_steps(script, change):
+    """change(obs, reward, terminated, truncated, infos) of what the loop gets from its environments."""
+    def planted(original, *args, **kwargs):
+        envs = original(*args, **kwargs)
+        wrap(envs, "step", lambda step, actions: change(*step(actions)))
+        return envs
+    wrap(script, "make_envs", planted)
+
+
+def other_torch(module, **functions):
+    """The module sees another torch, in which these functions are replaced."""
+    module.torch = types.SimpleNamespace(**vars(torch) | functions)
+
+
+def no_starts(x, *args, **kwargs):
+    x = torch.as_tensor(x, *args, **kwargs)
+    return torch.zeros_like(x) if x.dtype == torch.bool else x
+
+
+# ---------------------------------------------------------------------- faults.md, C: loops
+
+@plant("`done` is stored in place of `terminated`", "faults C", of_replay, OFF_POLICY)
+def done_for_terminated(script):
+    change_steps(script, lambda obs, r, terminated, truncated, infos: (
+        obs, r, terminated | truncated, truncated, infos))
+
+
+@plant("the last observation is the next episode's first", "faults C", of_replay, OFF_POLICY)
+def next_first_for_last(script):
+    def change(obs, reward, terminated, truncated, infos):
+        for n in np.flatnonzero(terminated | truncated):
+            infos["final_obs"][n] = obs[n]
+        return obs, reward, terminated, truncated, infos
+    change_steps(script, change)
+
+
+@plant("acting never resets its state", "faults C",
+       lambda script: of_replay(script, "test_acting_forgets_where_an_episode_starts_and_nowhere_else"),
+       OFF_POLICY)
+def acting_never_resets(script):
+    other_torch(script, as_tensor=no_starts)
+
+
+@plant("playing never resets its state", "faults C", "test_scripts.py::test_playing_forgets_between_episodes")
+def play_never_resets():
+    from models import play
+    starts = []
+
+    def first_only(x, *args, **kwargs):
+        starts.append(x)
+        x = torch.as_tensor(x, *args, **kwargs)
+        return x if len(starts) == 1 else torch.zeros_like(x)
+    other_torch(play, as_tensor=first_only)
+
+
+@plant("forget_running does nothing", "faults C",
+       lambda script: {"dqn_recurrent_tbb": "test_replay.py::test_a_tape_is_made_of_whole_observed_episodes",
+                       "dqn_recurrent_sbb": "test_replay.py::test_segments_are_made_of_observed_steps",
+                       "sac_gru": "test_sac_td3.py::test_sequences_are_made_of_observed_steps"}[script],
+       (*DISCRETE_OFF_POLICY[:2], "sac_gru"))
+def forget_running_does_nothing(script):
+    replay = getattr(script, "SequenceReplay", None) or script.Replay
+    replay.forget_running = lambda self: None
+
+
+@plant("the sign of the entropy bonus is turned", "faults C",
+       "test_ppo.py::test_the_entropy_bonus_raises_the_entropy[{script}]", PPO)
+def entropy_sign(script):
+    from models import distributions
+    wrap(distributions.Categorical, "entropy", lambda original, self: -original(self))
+
+
+@plant("schedules stay at their first value", "faults C",
+       "test_ppo.py::test_the_learning_rate_follows_its_schedule[{script}]", PPO)
+def schedule_not_applied(script):
+    script.polynomial = lambda schedule, step, total_steps: schedule[0]
+
+
+@plant("schedules stay at their first value", "faults C",
+       "test_dqn.py::test_the_learning_rate_follows_its_schedule[{script}]", DISCRETE_OFF_POLICY[:2])
+def schedule_constant(script):
+    wrap(script, "polynomial", lambda original, schedule, step, total: original(schedule, 0, total))
+
+
+@plant("the value after a time limit is taken with `start` true", "faults C",
+       "test_ppo.py::test_last_observations_are_valued_by_the_state_that_acting_left[{script}]", PPO)
+def value_after_a_time_limit_forgets(script):
+    def planted(original, agent, last_obs, state):
+        return original(agent, last_obs, tuple(torch.zeros_like(s) for s in state))
+    wrap(script, "values_of", planted)
+
+
+@plant("a gradient goes through the burn-in", "faults C",
+       lambda script: f"{TEST_FILES[script]}::test_burn_in_has_no_gradient_and_both_networks_burn_in_alone",
+       ("dqn_recurrent_sbb", "sac_discrete_sbb"))
+def gradient_through_burn_in(script):
+    def planted(original, agent, obs, state, start):
+        online = next(agent.parameters()).requires_grad
+        burns_in = len(start) > 1 and online and not torch.is_inference_mode_enabled()
+        with torch.set_grad_enabled(burns_in or torch.is_grad_enabled()):
+            return original(agent, obs, state, start)
+    wrap(script.Agent, "forward", planted)
+
+
+@plant("the target's action is not clamped", "faults C, td3_gru.py",
+       "test_sac_td3.py::test_td3s_losses_equal_their_definition")
+def target_action_not_clamped():
+    def planted(original, x, *bounds, **kwargs):
+        in_loop = sys._getframe(2).f_globals["__name__"] == "td3_gru"
+        if in_loop and bounds == (-1, 1) and not torch.is_inference_mode_enabled():
+            return x
+        return original(x, *bounds, **kwargs)
+    wrap(torch.Tensor, "clamp", planted)
+
+
+@plant("Key-to-Door keeps the key into the next episode", "faults C, envs/visual_match.py",
+       "test_credit_envs.py::test_the_key_does_not_outlive_its_episode")
+def key_is_kept():
+    from envs.visual_match import KeyToDoorBatch
+
+    def planted(original, self, rows):
+        kept = self.has_key.copy()
+        original(self, rows)
+        self.has_key[rows] = kept[rows]
+    wrap(KeyToDoorBatch, "explore", planted)
+
+
+# ---------------------------------------------------------------------- notes in the code
+
+@plant("a time limit is treated as death", "KNOWN BUG in gae", "test_ppo.py::test_gae_equals_its_definition",
+       PPO)
+def time_limit_is_death(script):
+    def planted(original, rewards, values, starts, final_values, *rest, **kwargs):
+        return original(rewards, values, starts, 0 * final_values, *rest, **kwargs)
+    wrap(script, "gae", planted)
+
+
+@plant("a time limit is treated as death", "PITFALL in td_targets",
+       "test_dqn.py::test_td_targets_equal_their_definition[{script}]", DISCRETE_OFF_POLICY[:2])
+def time_limit_is_death_in_targets(script):
+    def planted(original, rewards, terminated, real, *rest):
+        return original(rewards, terminated | (real & ~real.roll(-1, 0)), real, *rest)
+    wrap(script, "td_targets", planted)
+
+
+@plant("None as hidden state: every call starts from zeros", "KNOWN BUG in models/rnn.py",
+       "test_equations.py::test_a_memory_equals_its_equations[gru]")
+def none_as_hidden_state():
+    from models.rnn import GRU
+    wrap(GRU, "forward", lambda original, self, x, state, start: original(
+        self, x, self.initial_state(x.shape[1]), start))
+
+
+@plant("+ 1e-6 in the log of 1 - tanh(u)^2", "PITFALL in models/distributions.py",
+       "test_sac_td3.py::test_log_probabilities_are_those_of_the_squashed_normal")
+def log_slope_with_epsilon():
+    from models.distributions import SquashedGaussian
+
+    def rsample(self):
+        u = self.mean + self.log_std.exp() * torch.randn_like(self.mean)
+        normal = torch.distributions.Normal(self.mean, self.log_std.exp())
+        return u.tanh(), (normal.log_prob(u) - (1 - u.tanh() ** 2 + 1e-6).log()).sum(-1)
+    SquashedGaussian.rsample = rsample
+
+
+@plant("zero biases in place of the chrono initialisation", "DEVIATION in models/layers.py",
+       "test_models.py::test_gates_remember_for_1_to_span_steps")
+def no_chrono():
+    import models  # noqa: F401  (whose modules hold chrono under its own name)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("models.") and hasattr(module, "chrono"):
+            module.chrono = lambda size, span: torch.zeros(size)
+
+
+@plant("doors are coloured once per environment object", "DEVIATION in envs/visual_match.py",
+       "test_credit_envs.py::test_doors_get_new_colours_in_every_episode")
+def doors_coloured_once():
+    from envs.visual_match import VisualMatchBatch
+
+    def planted(original, self, rows):
+        before = self.colours.copy()
+        original(self, rows)
+        if before.any():
+            self.colours[rows] = before[rows]
+    wrap(VisualMatchBatch, "explore", planted)
+
+
+@plant("all environments have one seed", "KNOWN BUG in envs/vector.py",
+       "test_envs.py::test_environments_differ[popgym-RepeatPreviousEasy-v0]")
+def one_seed():
+    from gymnasium.vector import SyncVectorEnv
+
+    def planted(original, self, *, seed=None, options=None):
+        return original(self, seed=[seed] * self.num_envs, options=options)
+    wrap(SyncVectorEnv, "reset", planted)
+
+
+@plant("the step after an episode's end ignores the action and pays nothing",
+       "PITFALL in envs/batch.py and envs/vector.py", "test_envs.py::test_no_phantom_transition")
+def phantom_transition():
+    from envs.batch import BatchEnv
+    ended = {}
+
+    def planted(original, self, actions):
+        if ended.pop(self, False):
+            nothing = np.zeros(self.num_envs, bool)
+            return self.observe(), 0.0 * nothing, nothing, nothing, {}
+        result = original(self, actions)
+        ended[self] = (result[2] | result[3]).any()
+        return result
+    wrap(BatchEnv, "step", planted)
+
+
+@plant("states are saved after the step", "KNOWN BUG in ppo_recurrent_sbb.py",
+       "test_ppo_recurrent_sbb.py::test_first_logratio_is_zero", ("ppo_recurrent_sbb",))
+def state_saved_too_late(script):
+    def planted(original, agent, obs, state, start, *mask):
+        dist, value, after = original(agent, obs, state, start, *mask)
+        if torch.is_inference_mode_enabled():
+            for kept, new in zip(state, after):
+                kept.copy_(new)
+        return dist, value, after
+    wrap(script.Agent, "forward", planted)
+
+
+@plant("training starts from zeros", "PITFALL: segments or columns from initial_state()",
+       "test_{script}.py::test_first_logratio_is_zero", PPO)
+def training_from_zeros(script):
+    def planted(original, agent, obs, state, start, *rest):
+        if torch.is_grad_enabled():
+            state = tuple(torch.zeros_like(s) for s in state)
+        return original(agent, obs, state, start, *rest)
+    wrap(script.Agent, "forward", planted)
+
+
+@plant("steps ordered (segment, time) are reshaped to (time, segment)", "KNOWN BUG in ppo_recurrent_sbb.py",
+       "test_ppo_recurrent_sbb.py::test_first_logratio_is_zero")
+def reshape():
+    def planted(original, padded, index, real):
+        mask, = index
+        by_segment = padded.new_zeros(*mask.T.shape, padded.shape[-1])
+        return original(by_segment, (mask.T,), real).view(padded.shape)
+    wrap(torch.Tensor, "index_put_", planted)
+
+
+@plant("rows are as many as the longest episode has", "KNOWN BUG in cut_segments",
+       "test_ppo_recurrent_sbb.py::test_segments_partition_the_rollout", ("ppo_recurrent_sbb",))
+def pads_to_the_longest_episode(script):
+    wrap(script, "cut_segments", lambda original, starts, L: original(starts, len(starts)))
+
+
+@plant("the newest two episodes are never drawn", "KNOWN BUG in Replay.sample",
+       "test_replay.py::test_episodes_are_drawn_uniformly", ("dqn_recurrent_tbb",))
+def newest_never_drawn(script):
+    other_torch(script, randint=lambda n, shape: torch.randint(max(n - 2, 1), shape))
+
+
+@plant("a segment starts from zeros", "PITFALL in dqn_recurrent_sbb.py",
+       "test_dqn.py::test_stored_states_are_those_of_the_whole_episode", ("dqn_recurrent_sbb",))
+def segments_from_zeros(script):
+    def planted(original, *args):
+        batch = original(*args)
+        return batch._replace(state=tuple(torch.zeros_like(s) for s in batch.state))
+    wrap(script.Replay, "sample", planted)
+
+
+@plant("sequences never begin at an episode's start on request", "PITFALL in SequenceReplay",
+       "test_sac_td3.py::test_sequences_from_the_initial_state_hold_the_cue", ("sac_gru",))
+def cue_is_missed(script):
+    wrap(script.SequenceReplay, "draw_first_steps", lambda original, self, S, from_start: original(
+        self, S, False))
+
+
+@plant("all sequences are of one length", "PITFALL in draw_lengths",
+       "test_sac_td3.py::test_lengths_are_those_ordered", ("sac_gru",))
+def one_length(script):
+    script.draw_lengths = lambda args: np.full(args.batch_size, args.seq_len)
+
+
+@plant("the first policy is far from uniform", "DEVIATION: the policy's gain",
+       "test_models.py::test_initial_policy_is_uniform")
+def policy_gain():
+    from models import heads, layers
+    wrap(layers, "init", lambda original, layer, gain: original(layer, 1.0 if gain == 0.01 else gain))
+    heads.init = layers.init
+
+
+def with_flag(what, where, test, scripts, **flags):
+    """The bug is there as a flag: train() has it on, whatever was ordered."""
+    @plant(what, where, test, scripts)
+    def set_flag(script):
+        def planted(original, args, saved):
+            vars(args).update(flags)
+            return original(args, saved)
+        wrap(script, "train", planted)
+    for script in scripts:
+        PLANTS["-".join([*flags, script]).replace("_", "-")] = PLANTS.pop(f"set-flag-{script}")
+
+
+with_flag("targets do not see the first observation", "KNOWN BUG in train",
+          "test_dqn.py::test_target_histories_contain_the_first_observation[{script}-whole]",
+          DISCRETE_OFF_POLICY[:2], omit_first_obs=True)
+with_flag("acting wipes the state every 2 steps", "KNOWN BUG in train",
+          "test_sac_td3.py::test_acting_forgets_where_an_episode_starts_and_nowhere_else[{script}]",
+          ("sac_gru", "td3_gru"), wipe_state_every=2)
+with_flag("targets from o_1 on only", "PITFALL in train",
+          lambda script: "test_sac_td3.py::" + {
+              "sac_gru": "test_losses_equal_their_definition[0-1-1-1-Cue-v0]",
+              "td3_gru": "test_td3s_losses_equal_their_definition"}[script],
+          ("sac_gru", "td3_gru"), include_first_step_in_targets=False)
+with_flag("the log-probability is of step t, the value of t + 1", "KNOWN BUG in train",
+          "test_sac_td3.py::test_losses_equal_their_definition", ("sac_gru",), entropy_bonus_next_step=False)
+with_flag("all steps of a sequence but the last train not", "PITFALL: which steps train",
+          "test_sac_td3.py::test_which_steps_train[{script}-False]", ("sac_gru", "td3_gru"),
+          mask_non_terminal=True)
+with_flag("the policy's loss moves the critics", "PITFALL in train",
+          "test_sac_discrete.py::test_who_receives_a_gradient_of_which_loss", ("sac_discrete_sbb",),
+          freeze_critic=False)
+
+
+@plant("padding counts as data", "KNOWN BUG in Replay.sample",
+       "test_replay.py::test_both_arms_train_on_the_same_number_of_steps", ("dqn_recurrent_sbb",))
+def padding_counts_as_data(script):
+    wrap(script.Replay, "sample", lambda original, self, size, device: original(self, size // 2, device))
+
+
+with_flag("a fixed temperature moves all the same", "KNOWN BUG in train",
+          "test_sac_td3.py::test_the_temperature_is_fixed_or_moves_entropy_to_its_target", ("sac_gru",),
+          autotune=True)
+
+
+@plant("huber of the mean error, not the mean of huber", "KNOWN BUG in train",
+       "test_dqn.py::test_segments_as_long_as_episodes_equal_the_tape", ("dqn_recurrent_sbb",))
+def huber_of_the_mean(script):
+    def planted(q, targets, reduction):
+        mean = (q - targets).abs().mean()
+        return torch.nn.functional.smooth_l1_loss(mean, torch.zeros_like(mean)).expand_as(q)
+    script.F = types.SimpleNamespace(**vars(script.F) | {"smooth_l1_loss": planted})
