@@ -163,7 +163,7 @@ class Replay:
         step = *obs, start, action, reward, terminated, *state[:len(self.states)]
         now = self.row(np.arange(self.N), self.head)        # [N]
         for x, value in zip(self.data, step, strict=True):
-            x[now] = torch.as_tensor(value).cpu()
+            x[now] = torch.as_tensor(value).cpu()           # waits for the device
         self.head += 1
         for n, leaves in zip(ended.tolist(), last_obs, strict=True):
             begin, end = int(self.first[n]), int(self.head[n])

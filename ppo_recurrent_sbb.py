@@ -119,10 +119,10 @@ class Agent(nn.Module):
             # KNOWN BUG (recurrent-ppo readme): reshape to (L, b) what is ordered (b, L). Symptom: no better
             #   than a random agent for any L > 1. Here: steps go where the mask says.
             #   Test: test_ppo_recurrent_sbb.py::test_classic_bug_reshape.
-            x = x.new_zeros(*mask.shape, x.shape[-1]).index_put_((mask,), x)        # [L, b, F]
+            x = x.new_zeros(*mask.shape, x.shape[-1]).index_put_((mask,), x)  # [L, b, F], waits
         y, state = self.memory(x, state, start & self.reset_state)                  # [T, B, H]
         if mask is not None:
-            y = y[mask]                                     # [M, H]
+            y = y[mask]                                     # [M, H], waits for the device
         dist = self.policy(self.policy_hidden(y).relu())
         value = self.value(self.value_hidden(y).relu()).squeeze(-1)
         return dist, value, state
@@ -174,13 +174,13 @@ def cut_segments(starts, L):
     t = torch.arange(T, device=device)[:, None]             # [T, 1]
     episode_start = torch.where(starts, t, 0).cummax(dim=0).values                  # [T, N]
     is_cut = (t - episode_start) % L == 0                   # [T, N]
-    col, first = is_cut.T.nonzero().unbind(1)               # [S] each: column and first step
+    col, first = is_cut.T.nonzero().unbind(1)               # [S] each: column, first step; waits
     place = col * T + first                                 # [S] with the columns end to end
     length = place.diff(append=place.new_tensor([T * N]))  # [S] up to the next cut; t = 0 is always one
     # KNOWN BUG (recurrent-ppo buffer.py:161): pads to the longest *episode*, not segment. Symptom: same loss,
     #   25 times the work (L = 8, 200-step episodes). Here: at most L rows.
     #   Test: test_ppo_recurrent_sbb.py::test_segments_partition_the_rollout.
-    offset = torch.arange(int(length.max()), device=device)[:, None]                # [L, 1]
+    offset = torch.arange(int(length.max()), device=device)[:, None]        # [L, 1], waits
     when = (first + offset).clamp(max=T - 1)                # [L, S] padding may run past the end
     return when, col, offset < length
 
@@ -193,15 +193,15 @@ def refresh(seg_state, agent, obs, states, starts, first, col, burn_in):
     current weights.   seg_state: tuple of [b, ...], changed in place; first, col [b]: where segments begin
     """
     continues = (first > 0) & ~starts[first, col]           # [b]
-    if not continues.any():
+    if not continues.any():                                 # waits for the device
         return
-    first, col = first[continues], col[continues]           # [c] each
+    first, col = first[continues], col[continues]           # [c] each, waits
     back = torch.arange(-burn_in, 0, device=first.device)[:, None]                  # [burn_in, 1]
     when = first + back                         # [burn_in, c] from 0 on, as first >= L >= burn_in
     before = tuple(s[when[0], col] for s in states)
     _, _, fresh = agent(tuple(o[when, col] for o in obs), before, starts[when, col])
     for s, f in zip(seg_state, fresh):
-        s[continues] = f
+        s[continues] = f                                    # waits
 
 
 @torch.no_grad()
@@ -342,8 +342,8 @@ def train(args, saved):
                     first = when[0, mb]
                     refresh(mb_state, agent, obs, states, starts, first, col[mb], args.burn_in)
                 # Step and column of the real steps: x[real] is [M, ...] for any rollout tensor x [T, N, ...].
-                real_when = when[:, mb][mb_mask]            # [M]
-                real_col = col[mb].expand_as(mb_mask)[mb_mask]                      # [M]
+                real_when = when[:, mb][mb_mask]            # [M], waits for the device
+                real_col = col[mb].expand_as(mb_mask)[mb_mask]                      # [M], waits
                 real = real_when, real_col
                 mb_obs = tuple(o[real] for o in obs)
                 dist, newvalue, _ = agent(mb_obs, mb_state, seg_start[:, mb], mb_mask)      # [M]
@@ -351,7 +351,7 @@ def train(args, saved):
                 logratio = dist.log_prob(actions[real]) - logprobs[real]
                 ratio = logratio.exp()
                 if first_logratio is None:              # no gradient step yet: 0 but for rounding
-                    first_logratio = logratio.abs().max().item()
+                    first_logratio = logratio.abs().max().item()  # waits for the device
 
                 mb_advantages = advantages[real]
                 if args.norm_adv:
@@ -376,7 +376,7 @@ def train(args, saved):
                     approx_kl = ((ratio - 1) - logratio).mean()
                     clipfrac = ((ratio - 1).abs() > clip_coef).float().mean()
                     stats.append(torch.stack([pg_loss, v_loss, entropy, approx_kl, clipfrac, grad_norm]))
-            if args.target_kl is not None and approx_kl > args.target_kl:
+            if args.target_kl is not None and approx_kl > args.target_kl:  # waits for the device
                 break
         if args.norm_obs:                                   # only now: training saw what acting saw
             agent.encoder.update_stats(tuple(o.flatten(0, 1) for o in obs))

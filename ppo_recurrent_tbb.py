@@ -294,7 +294,7 @@ def train(args, saved):
                 logratio = dist.log_prob(actions[:, mb]) - logprobs[:, mb]
                 ratio = logratio.exp()
                 if first_logratio is None:              # no gradient step yet: 0 but for rounding
-                    first_logratio = logratio.abs().max().item()
+                    first_logratio = logratio.abs().max().item()  # waits for the device
 
                 mb_advantages = advantages[:, mb]
                 if args.norm_adv:
@@ -319,7 +319,7 @@ def train(args, saved):
                     approx_kl = ((ratio - 1) - logratio).mean()
                     clipfrac = ((ratio - 1).abs() > clip_coef).float().mean()
                     stats.append(torch.stack([pg_loss, v_loss, entropy, approx_kl, clipfrac, grad_norm]))
-            if args.target_kl is not None and approx_kl > args.target_kl:
+            if args.target_kl is not None and approx_kl > args.target_kl:  # waits for the device
                 break
         if args.norm_obs:                                   # only now: training saw what acting saw
             agent.encoder.update_stats(tuple(o.flatten(0, 1) for o in obs))
@@ -327,7 +327,7 @@ def train(args, saved):
         # -------------------------------------------------------------- next tape: it begins in this one
         P = 0
         if args.full_episodes:                          # from the first step of the oldest episode
-            oldest = int(age_of(tape_starts & args.reset_state, next_start & args.reset_state).max())
+            oldest = int(age_of(tape_starts & args.reset_state, next_start & args.reset_state).max())  # waits
             P = min(args.max_prefix, oldest)
         begin = len(tape_starts) - P
         if P == 0:

@@ -162,7 +162,7 @@ class Replay:
         step = *obs, start, action, reward, terminated, *state[:len(self.states)]
         now = self.row(np.arange(self.N), self.head)        # [N]
         for x, value in zip(self.data, step, strict=True):
-            x[now] = torch.as_tensor(value).cpu()
+            x[now] = torch.as_tensor(value).cpu()           # waits for the device
         self.head += 1
         for n, leaves in zip(ended.tolist(), last_obs, strict=True):
             begin, end = int(self.first[n]), int(self.head[n])
@@ -358,7 +358,7 @@ def train(args, saved):
                 #   bootstraps. Test: test_sac_discrete.py::test_losses_equal_their_definition.
                 targets = batch.rewards + args.gamma * ~batch.terminated * values.roll(-1, 0)
             real = batch.real
-            qf_loss = sum(F.mse_loss(q.of(batch.actions)[real], targets[real]) for q in (q1, q2))
+            qf_loss = sum(F.mse_loss(q.of(batch.actions)[real], targets[real]) for q in (q1, q2))  # waits
 
             # --- policy
             # PITFALL: the policy wants E[Q] high, and through a shared encoder its loss can raise Q instead
@@ -368,8 +368,8 @@ def train(args, saved):
             q = map(torch.minimum, q1.branches, q2.branches)
             if args.freeze_critic:
                 q = [x.detach() for x in q]
-            actor_loss = -soft_value(policy, q, alpha.detach())[real].mean()
-            entropy = policy.entropy()[real].mean()
+            actor_loss = -soft_value(policy, q, alpha.detach())[real].mean()  # waits
+            entropy = policy.entropy()[real].mean()         # waits for the device
             loss = qf_loss / 2 + actor_loss
             if args.target_entropy is not None:
                 loss = loss + alpha * (entropy.detach() - args.target_entropy * max_entropy)
@@ -378,7 +378,7 @@ def train(args, saved):
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
-            qf_values = q1.of(batch.actions)[real].mean()
+            qf_values = q1.of(batch.actions)[real].mean()   # waits for the device
             measured = qf_loss / 2, qf_values, actor_loss, entropy, alpha, grad_norm, real.sum()
             stats.append(torch.stack(measured).detach())
             gradient_steps += 1

@@ -162,7 +162,7 @@ class Agent(nn.Module):
 
     def to_env(self, action):
         """[-1, 1] -> the bounds of the action space; numpy."""
-        action = self.low + (action.cpu().numpy() + 1) / 2 * (self.high - self.low)
+        action = self.low + (action.cpu().numpy() + 1) / 2 * (self.high - self.low)  # waits
         return action.clip(self.low, self.high).astype(self.low.dtype)
 
 
@@ -206,7 +206,7 @@ class SequenceReplay:
         """One step of every environment.   ended [E]: whose episodes ended; last_obs: their o_n"""
         now = np.arange(self.N), self.head % self.C
         for x, value in zip(self.data, (*obs, action, reward, terminated), strict=True):
-            x[now] = torch.as_tensor(value).cpu()
+            x[now] = torch.as_tensor(value).cpu()           # waits for the device
         self.begin[now], self.last[now] = self.first, False
         self.head += 1
         for n, leaves in zip(ended, last_obs, strict=True):
@@ -424,15 +424,15 @@ def train(args, saved):
             # --- critics
             h = agent.critics.histories(batch.obs, batch.starts)[:-1]                   # [L, S, H]
             q1, q2 = agent.critics(h, batch.actions[:-1])   # [L, S]
-            qf_loss = sum(F.mse_loss(q[trained], targets[trained]) for q in (q1, q2))
+            qf_loss = sum(F.mse_loss(q[trained], targets[trained]) for q in (q1, q2))  # waits
             q_optimizer.zero_grad()
             qf_loss.backward()
             qf_grad_norm = nn.utils.clip_grad_norm_(agent.critics.parameters(), args.max_grad_norm)
             q_optimizer.step()
-            entropy = -logprobs[:-1][trained].mean()
-            measured = qf_loss / 2, q1[trained].mean(), entropy, alpha, qf_grad_norm
+            entropy = -logprobs[:-1][trained].mean()        # waits for the device
+            measured = qf_loss / 2, q1[trained].mean(), entropy, alpha, qf_grad_norm  # waits
             stats.append(torch.stack(measured).detach())
-            run.stop_if_not_finite(qf_loss.item(), global_step)
+            run.stop_if_not_finite(qf_loss.item(), global_step)  # waits for the device
 
             # --- policy: the gradient goes through its actions only; the critics' h are those of above
             if policy_learns:
@@ -440,7 +440,7 @@ def train(args, saved):
                 # KNOWN BUG (rl_tools sac operations_generic.h): the entropy term and the temperature also
                 #   count masked steps and padding. Symptom: entropy far from its target. Here: one mask for
                 #   all three. Test: test_sac_td3.py::test_losses_equal_their_definition.
-                actor_loss = (alpha.detach() * logprobs[:-1] - q)[trained].mean()
+                actor_loss = (alpha.detach() * logprobs[:-1] - q)[trained].mean()  # waits
                 actor_optimizer.zero_grad()
                 actor_loss.backward(inputs=actor_parameters)
                 actor_grad_norm = nn.utils.clip_grad_norm_(actor_parameters, args.max_grad_norm)

@@ -57,11 +57,11 @@ class GPT(nn.Module):
         """
         T, W = len(x), self.kept
         age = state[0].clamp(0, W).masked_fill(start[0, :, None], 0)        # [B, 1]
-        old = int(age.max().ceil())
+        old = int(age.max().ceil())                         # waits for the device
         used = max(old, W - T)
         kept = carried(state[1:], used, start[0])
         earlier = earlier_steps(age, start, W)              # [T, B]
-        restarts = bool(start[1:].any())
+        restarts = T > 1 and bool(start[1:].any())          # waits for the device
         sees_all = old == 0 and T <= W + 1 and not restarts      # every step sees all before it
         mask = None if sees_all else window_mask(earlier, old)
         turns = self.turns(old + T)
@@ -88,7 +88,7 @@ class GPT(nn.Module):
 def carried(kept, used, start):
     """The last `used` of the kept steps [B, W, H], zeros in the rows that start [B]."""
     kept = tuple(s[:, s.shape[1] - used :] for s in kept)
-    if used and start.any():
+    if used and start.any():                                # waits for the device
         kept = tuple(s.masked_fill(start[:, None, None], 0) for s in kept)
     return kept
 

@@ -49,7 +49,7 @@ class PolicyHead(nn.Module):
 
     def to_env(self, action):
         """Actions as the environment takes them: numpy, Box scaled and clipped, integers from its start."""
-        action = action.cpu().numpy()
+        action = action.cpu().numpy()                       # waits for the device
         if isinstance(self.space, gym.spaces.Box):
             action = self.centre + self.scale * action
             whole = np.issubdtype(self.space.dtype, np.integer)
@@ -104,5 +104,5 @@ class QHead(nn.Module):
 
     def to_env(self, action):
         """Actions [N, K] as the environment takes them: numpy, from its start, [N] if Discrete."""
-        action = action.cpu().numpy().reshape(-1, *self.space.shape) + self.first
+        action = action.cpu().numpy().reshape(-1, *self.space.shape) + self.first  # waits
         return action.astype(self.space.dtype)

@@ -36,7 +36,7 @@ class RNN(nn.Module):
             y, state = self.step(x[0], forget(state, start[0]))
             return y[None], state
         # Cut where some row starts; between two cuts one fused call.
-        cuts = [0, *(start[1:].any(dim=1).nonzero().flatten() + 1).tolist()]
+        cuts = [0, *(start[1:].any(dim=1).nonzero().flatten() + 1).tolist()]  # waits for the device
         lengths = [end - begin for begin, end in zip(cuts, [*cuts[1:], len(x)])]
         ys = []
         for begin, piece in zip(cuts, x.split(lengths)):
