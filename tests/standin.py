@@ -1,10 +1,10 @@
 """A stand-in accelerator: device mistakes show on a machine without a GPU.
 
-    with StandIn() as device:
-        x = torch.zeros(3, device=device)       x.device is lazy:0
-        x + torch.zeros(3)                      raises, as it would on a GPU
-        x.numpy()                               raises
-        device.waits                            where Python waited for a number of the device
+    with StandIn() as stand_in:
+        x = torch.zeros(3, device=stand_in.type)    x.device is lazy:0
+        x + torch.zeros(3)                          raises, as it would on a GPU
+        x.numpy()                                   raises
+        stand_in.waits                              where Python waited for a number of the device
 
 Its tensors are shells. Each holds a CPU tensor, in which the numbers are, so that whatever depends on
 numbers runs as it does on a GPU. torch has the name "lazy" for a kind of device that this build lacks.
@@ -60,7 +60,7 @@ class Shell(torch.Tensor):
 class StandIn(TorchDispatchMode):
     """waits: {callers(): how often}, where a script or what it imports waited for the device.
 
-    Not what autograd waits for: the gradient of x[mask] waits as x[mask] does.
+    Not what autograd waits for: the gradient of x[mask] waits as x[mask] does. Nor copies to the device.
     """
 
     type = DEVICE.type                                      # as a torch.device has it

@@ -113,9 +113,10 @@ def test_options(tmp_path, device, script, changes):
 
 @every_script
 def test_resuming_and_playing(tmp_path, capsys, device, script):
-    short_run(tmp_path, script, device)
+    rare = {"log_every": 64}                                # so at 96 there are numbers for the next row
+    short_run(tmp_path, script, device, total_timesteps=96, **rare)
     folder = tmp_path / "run"
-    rows = short_run(tmp_path, script, device, resume=str(folder), total_timesteps=128)
+    rows = short_run(tmp_path, script, device, resume=str(folder), total_timesteps=160, **rare)
     assert rows[-1]["global_step"] == "128"
     model, where = str(folder / "model.safetensors"), device.type
     script.main(["--model", model, "--device", where, "--episodes", "2", "--render-mode", "none"])
