@@ -11,7 +11,6 @@ process. (Segments would not do: their numbers of real steps differ.) With --dev
 Symbols: T rollout steps, N environments of this process, P earlier steps of unfinished episodes
 (--full-episodes), b columns of a minibatch, H hidden size. Sequences are time-major: [T, N, ...].
 """
-import atexit
 import math
 import os
 import signal
@@ -196,8 +195,18 @@ def join_processes(args):
     if on_cuda:
         torch.cuda.set_device(LOCAL_RANK)                   # "cuda" now means this one
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
-    atexit.register(torch.distributed.destroy_process_group)
     signal.signal(signal.SIGINT, signal.SIG_IGN)    # torchrun repeats Ctrl-C; Run takes the first
+
+
+def seed_processes(seed):
+    if RANK > 0:                                            # the same weights as rank 0, other actions
+        torch.manual_seed(seed + RANK)
+
+
+def leave_processes():
+    """Not left to the interpreter's end: there gloo's threads, still running, would abort the process."""
+    if WORLD_SIZE > 1:
+        torch.distributed.destroy_process_group()
 
 
 def gather(x):                                          # [T, N, ...] -> [T, WORLD_SIZE * N, ...]
@@ -289,8 +298,7 @@ def train(args, saved):
             next_obs, state, tape_state, prefix_obs, (prefix_starts, next_start, discounted) = carried
         else:                                               # others begin new episodes
             next_obs = tensors(envs.reset(seed=env_seed + global_step)[0])
-    if RANK > 0:                                        # the same weights as rank 0, other actions
-        torch.manual_seed(args.seed + RANK + global_step)
+    seed_processes(args.seed + global_step)
     run = Run(args, SCRIPT, saved) if RANK == 0 else NoRun()
 
     def save():
@@ -446,6 +454,7 @@ def train(args, saved):
             save()
         run.lap("log")
 
+    leave_processes()
     save()
     return run.finish()
 
