@@ -25,12 +25,16 @@ class BatchEnv(gym.vector.VectorEnv):
         observe()       the observations, a new array [N, ...]; it changes nothing, it may be called twice
         text(n)         what to print of row n       (render_mode "ansi")
         picture(n)      row n, [H, W, 3] uint8       (render_mode "rgb_array")
+        facts()         what else the info of an episode's last step says, {name: array [N]}; may be left out
 
     Whatever changes in an episode lives in numpy arrays [N, ...], made in __init__ with their final
     dtype: these attributes are what a resume restores. Constants are no array attributes. Observations
     are one array: for a Dict or Tuple write a gymnasium.Env.
 
     `success` is reported in the info of an episode's last step; rows that go on are not looked at.
+
+    A task with reset options names them with their defaults in the class's `reset_options`. Those of the
+    last reset are in self.options; the automatic resets that follow use them too.
 
     What happens after the last step of an episode depends on the AutoresetMode.
     SAME_STEP: the next episode begins at once. The last observation and info of the old one are in
@@ -40,6 +44,8 @@ class BatchEnv(gym.vector.VectorEnv):
     One generator serves the whole batch: reset(seed=s) repeats all N streams of episodes, but row i
     of a batch of N is not the single environment with the seed s + i.
     """
+
+    reset_options = {}
 
     def __init__(self, observation_space, action_space, num_envs=1, render_mode=None,
                  autoreset_mode="SameStep"):
@@ -61,10 +67,13 @@ class BatchEnv(gym.vector.VectorEnv):
         super().reset(seed=seed)
         options = dict(options or {})
         rows = options.pop("reset_mask", np.ones(self.num_envs, bool))
+        unknown = {name: value for name, value in options.items() if name not in self.reset_options}
+        if unknown:
+            known = f"the reset options {', '.join(self.reset_options)}" if self.reset_options else \
+                "no reset options"
+            raise ValueError(f"this task has {known}, but got {unknown}; its arguments go to gym.make")
+        self.options = {**self.reset_options, **options}
         self.begin(np.flatnonzero(rows))
-        if options:
-            raise ValueError(f"this task has no reset options, but got {options}; "
-                             "its arguments go to gym.make")
         return self.observe(), {}
 
     def step(self, actions):
@@ -74,7 +83,8 @@ class BatchEnv(gym.vector.VectorEnv):
                 raise ValueError(f"move() must return {name} as a bool array [N], not {ends!r}")
         obs, infos, done = self.observe(), {}, terminated | truncated
         if done.any():
-            infos = {} if success is None else {"success": success, "_success": done}
+            facts = self.facts() if success is None else {"success": success, **self.facts()}
+            infos = facts | {f"_{name}": done for name in facts}
             if self.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP:
                 final_obs = np.full(self.num_envs, None, dtype=object)
                 for i in np.flatnonzero(done):
@@ -84,6 +94,9 @@ class BatchEnv(gym.vector.VectorEnv):
                 self.begin(np.flatnonzero(done))
                 obs = self.observe()
         return obs, reward, terminated, truncated, infos
+
+    def facts(self):
+        return {}
 
     def render(self):
         """A tuple of N frames: text for "ansi", [H, W, 3] uint8 for "rgb_array"."""
@@ -126,7 +139,7 @@ class SingleEnv(gym.Env):
 
     def step(self, action):
         obs, reward, terminated, truncated, infos = self.batch.step([action])
-        info = {"success": infos["success"][0].item()} if "success" in infos else {}
+        info = {name: fact[0].item() for name, fact in infos.items() if not name.startswith("_")}
         return obs[0], float(reward[0]), bool(terminated[0]), bool(truncated[0]), info
 
     def render(self):

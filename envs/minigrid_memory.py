@@ -5,7 +5,8 @@ on the right lie both, and the agent must turn to the one that it saw. It sees 3
 
 Actions: 0 turn left, 1 turn right, 2 forward.
 Reward: 1 - 0.9 * t / max_steps at the right object, else 0. Without memory success is 1/2.
-Observation: RGB uint8 [3 * 28, 3 * 28, 3]. With `rgb=False`: MiniGrid's symbols [3, 3, 3], which are
+Observation: RGB uint8 [3 * 28, 3 * 28, 3], given as the number of the picture (`Views`), since there are
+few; with `views=False` as the picture itself. With `rgb=False`: MiniGrid's symbols [3, 3, 3], which are
 object, colour and state of every cell in view. They are a MultiDiscrete, because as numbers a key (5)
 and a ball (6) hardly differ.
 
@@ -22,6 +23,7 @@ from minigrid.core.constants import COLOR_TO_IDX, OBJECT_TO_IDX, STATE_TO_IDX
 from minigrid.envs import MemoryEnv
 
 from envs.batch import BatchEnv, SingleEnv, check_whole
+from models.views import Views
 
 SUCCESS, FAILURE = 1, 2  # outcome of a step; 0: the episode goes on
 
@@ -100,16 +102,18 @@ def enumerate_states(size, view_size, tile_size, random_length, rgb):
 
 
 class MinigridMemoryBatch(BatchEnv):
-    def __init__(self, num_envs=1, size=9, view_size=3, tile_size=28, rgb=True, random_length=False,
-                 max_steps=None, **kwargs):
+    def __init__(self, num_envs=1, size=9, view_size=3, tile_size=28, rgb=True, views=True,
+                 random_length=False, max_steps=None, **kwargs):
         check_whole(size=size, view_size=view_size, tile_size=tile_size)
         self.tables = enumerate_states(size, view_size, tile_size, random_length, rgb)
-        shape = self.tables.views.shape[1:]
+        self.numbered = rgb and views
         if rgb:
-            observation_space = gym.spaces.Box(0, 255, shape, np.uint8)
+            observation_space = Views(self.tables.views)
+            observation_space = observation_space if views else observation_space.picture_space
         else:
             symbols = [len(OBJECT_TO_IDX), len(COLOR_TO_IDX), len(STATE_TO_IDX)]
-            observation_space = gym.spaces.MultiDiscrete(np.broadcast_to(symbols, shape))
+            nvec = np.broadcast_to(symbols, self.tables.views.shape[1:])
+            observation_space = gym.spaces.MultiDiscrete(nvec)
         super().__init__(observation_space, gym.spaces.Discrete(3), num_envs, **kwargs)
         self.max_steps = 5 * size**2 if max_steps is None else max_steps
         check_whole(max_steps=self.max_steps)
@@ -132,7 +136,8 @@ class MinigridMemoryBatch(BatchEnv):
         return reward, outcome > 0, self.t >= self.max_steps, success
 
     def observe(self):
-        return self.tables.views[self.tables.seen[self.state]]              # [N, ...]
+        seen = self.tables.seen[self.state]                 # [N]
+        return seen if self.numbered else self.tables.views[seen]           # [N] or [N, ...]
 
     def world(self, i):
         layout, x, y, direction = self.tables.where[self.state[i]]

@@ -11,7 +11,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 
 from envs.batch import BatchEnv
-from envs.wrappers import Guest, Guests, PreviousActionReward, ResetOptions, in_symbols
+from envs.wrappers import BatchResetOptions, Guest, Guests, PreviousActionReward, ResetOptions, in_symbols
 from models.flags import fail, refused_in_one_sentence
 
 
@@ -44,8 +44,9 @@ def make_vector(args, num_envs, training, render_mode):
     env_id = import_module_of(args.env_id)
     batch = gym.spec(env_id).vector_entry_point             # a class, or "module:class"
     ours = str(batch).startswith("envs.") or (isinstance(batch, type) and issubclass(batch, BatchEnv))
-    if ours and not options and not render_mode:
-        return gym.make_vec(env_id, num_envs, autoreset_mode=autoreset, **kwargs)
+    if ours and not render_mode:
+        envs = gym.make_vec(env_id, num_envs, autoreset_mode=autoreset, **kwargs)
+        return BatchResetOptions(envs, options) if options else envs
     if render_mode:
         kwargs = {**kwargs, "render_mode": render_mode}
     wrappers = [] if ours else [in_symbols, Guest]          # with Guests, in place of Gymnasium's checker

@@ -165,6 +165,17 @@ class ResetOptions(gym.Wrapper):
         return self.env.reset(seed=seed, options={**self.options, **(options or {})})
 
 
+class BatchResetOptions(gym.vector.VectorWrapper):
+    """The same for our own batches, which keep the options for their automatic resets."""
+
+    def __init__(self, envs, options):
+        super().__init__(envs)
+        self.options = options
+
+    def reset(self, *, seed=None, options=None):
+        return self.env.reset(seed=seed, options={**self.options, **(options or {})})
+
+
 class PreviousActionReward(gym.vector.VectorWrapper):
     """The observation becomes Tuple(observation[, previous action][, previous reward]).
 

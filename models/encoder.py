@@ -10,10 +10,12 @@ import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from models.images import Image, is_picture
 from models.layers import init
 from models.running_stats import RunningMeanStd
+from models.views import Views, ViewTable
 
 
 def leaves(space, obs=None):
@@ -107,9 +109,12 @@ class Encoder(nn.Module):
         if size > 0:
             self.linear = nn.Sequential(init(nn.Linear(self.out_size, size), 2**0.5), nn.ReLU())
             self.out_size = size
+        self.linear_in_tables = size > 0 and any(isinstance(leaf, ViewTable) for leaf in self.leaves)
 
     @staticmethod
     def leaf(space, normalize):
+        if isinstance(space, Views):
+            return ViewTable(space)
         if isinstance(space, (gym.spaces.Discrete, gym.spaces.MultiDiscrete)):
             return OneHot(space)
         if isinstance(space, gym.spaces.Box) and is_picture(space):
@@ -123,8 +128,18 @@ class Encoder(nn.Module):
                          "gymnasium.ObservationWrapper can turn it into one, as Symbols in envs/wrappers.py")
 
     def forward(self, obs):
+        if self.linear_in_tables:
+            return self.through_tables(obs)
         features = [leaf(o) for leaf, o in zip(self.leaves, obs)]
         return self.linear(torch.cat(features, dim=-1) if len(features) > 1 else features[0])
+
+    def through_tables(self, obs):
+        """The same, but the linear layer sees a picture once: it is a sum of layers, one for each leaf."""
+        linear, relu = self.linear
+        weights = linear.weight.split([leaf.out_size for leaf in self.leaves], dim=1)
+        ys = [leaf(o, w) if isinstance(leaf, ViewTable) else F.linear(leaf(o), w)
+              for leaf, o, w in zip(self.leaves, obs, weights)]
+        return relu(sum(ys) + linear.bias)
 
     def update_stats(self, obs):
         """Add these observations to the running statistics of the vectors among them."""

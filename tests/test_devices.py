@@ -90,8 +90,11 @@ OPTIONS = {
     "multi-discrete": ([*PPO, *DISCRETE_OFF_POLICY], {
         "env_id": "popgym-MineSweeperEasy-v0", "env_kwargs": {}, "prev_action": True}),
     "pictures": (["ppo_recurrent_tbb", "dqn_recurrent_sbb"], {
-        "env_id": "MinigridMemory-v0", "env_kwargs": {}, "total_timesteps": 640, "learning_starts": 608,
-        "buffer_size": 4000}),
+        "env_id": "MinigridMemory-v0", "env_kwargs": {"views": False}, "total_timesteps": 640,
+        "learning_starts": 608, "buffer_size": 4000}),
+    "views": (["ppo_recurrent_tbb", "dqn_recurrent_sbb"], {
+        "env_id": "MinigridMemory-v0", "env_kwargs": {"max_steps": 9}, "encoder_size": 16,
+        "prev_action": True}),
     "stored-states": (DISCRETE_OFF_POLICY, {"burn_in": 3, "seq_len": 2}),
     "n-step": (DQN, {"n_step": 3, "omit_first_obs": True, "fixed_tape": True, "loss": "mse", "seq_len": -1}),
     "temperature": (["sac_discrete_sbb"], {

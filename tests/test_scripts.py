@@ -305,8 +305,9 @@ def test_every_kind_of_task_trains_and_plays(script, tmp_path, env_id, capsys):
 
 
 @of_discrete_actions
-@pytest.mark.parametrize("kwargs", [{"max_steps": 30}, {"max_steps": 30, "rgb": False}], ids=str)
-def test_images_and_symbols_train(script, tmp_path, kwargs):
+@pytest.mark.parametrize("kwargs", [{}, {"views": False}, {"rgb": False}], ids=str)
+def test_views_images_and_symbols_train(script, tmp_path, kwargs):
+    kwargs = {"max_steps": 30, **kwargs}
     rows, _ = run(tmp_path, script, env_id="MinigridMemory-v0", env_kwargs=kwargs, encoder_size=16)
     if script.SCRIPT in PPO:
         assert first_logratio(script, rows) < 1e-4

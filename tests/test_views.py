@@ -1,0 +1,150 @@
+"""Numbered pictures: the function, the gradient and the agent are those of the pictures, for less work."""
+import json
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+import envs  # noqa: F401  registers the tasks
+from models.encoder import Encoder, leaves
+from models.images import Image
+from models.views import Views
+from tests.conftest import DISCRETE_OFF_POLICY, PPO
+from tests.helpers import run, spy, weights_of
+
+K = 12
+PICTURES = np.random.default_rng(0).integers(0, 256, (K, 20, 20, 3), dtype=np.uint8)
+NUMBERED, PICTURED = Views(PICTURES), Views(PICTURES).picture_space
+ACTION = gym.spaces.Discrete(5, start=-1)
+SPACES = {
+    "alone": lambda seen: seen,
+    "tuple": lambda seen: gym.spaces.Tuple([seen, ACTION, gym.spaces.Box(-1, 1, (2,))]),
+    "dict": lambda seen: gym.spaces.Dict(a=ACTION, seen=seen),
+    "two": lambda seen: gym.spaces.Tuple([seen, seen]),
+}
+
+
+def pair(name, size=7):
+    """An encoder of numbers and one of pictures with the same weights."""
+    encoders = [Encoder(SPACES[name](seen), size) for seen in (NUMBERED, PICTURED)]
+    encoders[1].load_state_dict(encoders[0].state_dict())
+    return encoders
+
+
+def observations(name, shape=(6, 5)):
+    """Leaves of the numbered space, and the same with pictures in place of numbers."""
+    drawn = []
+    for space in leaves(SPACES[name](NUMBERED)):
+        if isinstance(space, gym.spaces.Discrete):
+            drawn.append(torch.randint(int(space.start), int(space.start + space.n), shape))
+        else:
+            drawn.append(torch.rand(*shape, *space.shape))
+    shown = [torch.from_numpy(PICTURES)[x] if isinstance(space, Views) else x
+             for x, space in zip(drawn, leaves(SPACES[name](NUMBERED)))]
+    return tuple(drawn), tuple(shown)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("size", [0, 7])
+@pytest.mark.parametrize("name", SPACES)
+def test_same_function_and_gradient_as_with_pictures(name, size):
+    (numbered, pictured), (numbers, pictures) = pair(name, size), observations(name)
+    ys = numbered(numbers), pictured(pictures)
+    torch.testing.assert_close(*ys)
+    with torch.no_grad():
+        torch.testing.assert_close(numbered(numbers), ys[1])
+    weight = torch.randn_like(ys[0])
+    for y in ys:
+        (y * weight).sum().backward()
+    for p, q in zip(numbered.parameters(), pictured.parameters(), strict=True):
+        assert (p.grad - q.grad).norm() < 1e-5 * q.grad.norm()
+
+
+def fused_step(encoder, numbers):
+    encoder(numbers).square().sum().backward()
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=0.1, fused=True)
+    with torch.no_grad():
+        encoder(numbers)                                    # between gradient and step, as double Q-learning
+    optimizer.step()
+
+
+def target_update(encoder, numbers):
+    """As the scripts do it: after a step of the online network, through .data."""
+    online, other = pair("alone")
+    fused_step(online, numbers)
+    for target, parameter in zip(encoder.parameters(), other.parameters(), strict=True):
+        target.data.lerp_(parameter.data, 0.5)
+
+
+def loading(encoder, _):
+    encoder.load_state_dict({name: 2 * x for name, x in encoder.state_dict().items()})
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("change", [fused_step, target_update, loading])
+def test_no_picture_is_remembered_from_other_weights(change):
+    (numbered, pictured), (numbers, pictures) = pair("alone"), observations("alone")
+    with torch.inference_mode():
+        before = numbered(numbers)
+    change(numbered, numbers)
+    pictured.load_state_dict(numbered.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(numbered(numbers), pictured(pictures))
+        assert not torch.equal(numbered(numbers), before)
+
+
+@pytest.mark.quick
+def test_a_picture_is_encoded_once(monkeypatch):
+    """Once a minibatch in training; while acting once until the next gradient step."""
+    encoder, encoded = pair("two")[0], spy(monkeypatch, Image, "encode")
+
+    def count():
+        numbers = [len(call.args[1]) for call in encoded]
+        encoded.clear()
+        return numbers
+
+    view = torch.tensor([[3, 1, 3], [1, 1, 3]])
+    encoder((view, view + 1))
+    assert count() == [2, 2]
+    with torch.inference_mode():
+        encoder((view[:1], view[:1]))
+        assert count() == [2, 2]
+        encoder((view, view + 1))                           # 2 and 4 are new to the second leaf
+        assert count() == [2]
+    with torch.no_grad():
+        encoder((view, view + 1))
+        assert count() == []
+    fused_step(encoder, (view, view))
+    count()
+    with torch.inference_mode():
+        encoder((view, view))
+    assert count() == [2, 2]
+
+
+CASES = {"plain": {}, "inputs": {"prev_action": True, "prev_reward": True}}
+
+
+@pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("script", [*PPO, *DISCRETE_OFF_POLICY], indirect=True)
+def test_training_is_the_same_as_with_pictures(tmp_path, script, changes, capsys):
+    """Same weights after the first gradient steps but for rounding. And --model plays on pictures too."""
+    folders = []
+    for views in (True, False):
+        flags = {
+            "env_id": "MinigridMemory-v0", "env_kwargs": {"views": views, "tile_size": 4, "max_steps": 9},
+            "encoder_size": 16, "num_minibatches": 1, "update_epochs": 1, "total_timesteps": 256,
+            "learning_starts": 128, "learning_rate": (1e-4,), "policy_lr": (1e-4,), "q_lr": (1e-4,)}
+        folders.append(run(tmp_path, script, run_name=f"{views}", **flags, **changes)[1])
+    weights = [weights_of(folder) for folder in folders]
+    assert weights[0].keys() == weights[1].keys()
+    for name, x in weights[0].items():
+        torch.testing.assert_close(x, weights[1][name], rtol=1e-3, atol=2e-5, msg=name)
+    capsys.readouterr()
+    told = []
+    for views in (True, False):
+        kwargs = json.dumps({"views": views, "tile_size": 4, "max_steps": 9})
+        script.main(["--model", f"{folders[0]}/model.safetensors", "--env-kwargs", kwargs, "--episodes", "5",
+                     "--render-mode", "none"])
+        told.append(capsys.readouterr().out)
+    assert "mean of 5" in told[0] and told[0] == told[1]
