@@ -1,6 +1,5 @@
 """ppo_recurrent_tbb_multigpu.py: two processes do what one does, and one does what tbb does."""
 import csv
-import json
 import os
 import signal
 import time
@@ -13,7 +12,7 @@ import ppo_recurrent_tbb_multigpu as ppo
 from models.flags import read_checkpoint
 from tests import planted_multigpu
 from tests.conftest import ROOT
-from tests.helpers import column, comparable, run, small, weights_of
+from tests.helpers import column, command_line, comparable, run, weights_of
 
 CARTPOLE = dict(env_id="popgym-PositionOnlyCartPoleEasy-v0", env_kwargs={}, num_minibatches=1)
 
@@ -25,11 +24,7 @@ def torchrun(run_script, tmp_path, monkeypatch):
 
     def start(plant, **changes):
         changes = {"runs_dir": tmp_path, "run_name": "two", "num_minibatches": 2, **changes}
-        flags = []
-        for name, value in small(ppo, **changes).items():
-            words = json.dumps(value) if isinstance(value, dict) else value
-            words = words if isinstance(words, tuple) else (words,) * (value is not True)
-            flags += [f"--{name.replace('_', '-')}", *words]
+        flags = command_line(ppo, **changes)
         return run_script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                           planted_multigpu.__file__, plant, *flags, start_new_session=True)
     return start
