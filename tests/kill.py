@@ -91,8 +91,9 @@ class Case:
             kill(process)
             raise AssertionError(f"still running after {DEADLINE} s") from None
         printed = folder.with_suffix(".log").read_text()
-        assert process.returncode in codes, f"exit code {process.returncode}: {printed[-1500:]}"
-        assert says in printed, f"does not say {says!r}: {printed[-1500:]}"
+        last = " ".join(printed.splitlines()[-2:])
+        assert process.returncode in codes, f"exit code {process.returncode}: {last}"
+        assert says in printed, f"does not say {says!r}: {last}"
 
     def make_reference(self, folder):
         self.finish(self.start(folder), folder, "done at step")
@@ -102,7 +103,7 @@ class Case:
 
     def interrupted_run(self, folder, signals, rng):
         """One run with these signals, then to its end. Returns those that came too late."""
-        moments = sorted(rng.uniform(0, len(self.rows) - 1) for _ in signals)
+        moments = sorted(rng.uniform(0, len(self.rows) - 2) for _ in signals)
         for i, moment in enumerate(moments):
             process = self.start(folder, resume=i > 0)
             if not self.wait_for(process, folder, moment):
@@ -113,7 +114,7 @@ class Case:
         return []
 
     def wait_for(self, process, folder, moment):
-        """Until `moment` rows are written and this process has saved once. Returns whether it still runs."""
+        """Until `moment` rows are written and this process has saved once. Returns whether rows are left."""
         before, deadline = saved_when(folder), time.time() + DEADLINE
         while saved_when(folder) == before or max(len(lines_of(folder)) - 1, 0) < int(moment):
             if process.poll() is not None:
@@ -121,7 +122,7 @@ class Case:
             assert time.time() < deadline, f"no row {int(moment)} after {DEADLINE} s"
             time.sleep(0.01)
         time.sleep(moment % 1 * self.row_seconds)
-        return process.poll() is None
+        return process.poll() is None and len(lines_of(folder)) - 1 < len(self.rows)
 
     def interrupt(self, process, folder, number):
         """Sends the signal and looks at what is left."""
@@ -210,12 +211,12 @@ def main():
     parser = argparse.ArgumentParser(usage=__doc__)
     for name, default in ("kills", 60), ("terms", 20), ("seed", 1), ("jobs", 1):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--only", default="", help="cases whose script, task or memory holds this word")
+    parser.add_argument("--only", default="", help="the lines of CASES that hold this word")
     args = parser.parse_args()
     begin = time.time()
-    cases = [Case(*case) for case in CASES if any(args.only in word for word in (case[0], case[2], case[4]))]
+    cases = [Case(*case) for case in CASES if args.only in str(case)]
     if not cases:
-        sys.exit(f"no case has {args.only} in its script, task or memory")
+        sys.exit(f"no line of CASES holds {args.only}")
     signals = [[] for _ in cases]
     for i, number in enumerate([signal.SIGKILL] * args.kills + [signal.SIGTERM] * args.terms):
         signals[i % len(cases)].append(number)

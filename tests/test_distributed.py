@@ -97,16 +97,18 @@ def test_processes_play_different_episodes_and_a_resume_begins_new_ones(tmp_path
     assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1     # rank 0's
 
 
-def test_ctrl_c_saves_and_ends_all_processes(tmp_path, torchrun):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_ends_all_processes(tmp_path, torchrun, number):
     """As the terminal sends it: to torchrun, which passes it on, and to its processes: they get it twice."""
     process = torchrun("nothing", total_timesteps=10**8, checkpoint_every=10**8)
     progress, deadline = tmp_path / "two" / "progress.csv", time.time() + 300
     while not (progress.exists() and rows_of(tmp_path / "two")):
         assert process.poll() is None and time.time() < deadline, finished(process)
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, number)
     stdout, stderr = finished(process)                      # ends when the last process has closed it
     assert stdout.count("interrupted at step") == 1, stderr
+    assert process.returncode == 1                          # torchrun's own, after any signal
     steps = read_checkpoint(tmp_path / "two")["global_step"]
     assert steps == column(rows_of(tmp_path / "two"), "global_step")[-1] > 0
 
