@@ -119,7 +119,9 @@ class Case:
         while saved_when(folder) == before or max(len(lines_of(folder)) - 1, 0) < int(moment):
             if process.poll() is not None:
                 return False
-            assert time.time() < deadline, f"no row {int(moment)} after {DEADLINE} s"
+            if time.time() > deadline:
+                kill(process)
+                raise AssertionError(f"no row {int(moment)} after {DEADLINE} s")
             time.sleep(0.01)
         time.sleep(moment % 1 * self.row_seconds)
         return process.poll() is None and len(lines_of(folder)) - 1 < len(self.rows)
@@ -181,8 +183,9 @@ class Case:
 
 
 def kill(process):
-    """SIGKILL, of torchrun's processes too: they would live on."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    """SIGKILL, of torchrun's processes too (where there is /proc): they would live on."""
+    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    children = path.read_text().split() if path.exists() else []
     for pid in [process.pid, *map(int, children)]:
         os.kill(pid, signal.SIGKILL)
     process.wait()
