@@ -195,7 +195,8 @@ def join_processes(args):
     if on_cuda:
         torch.cuda.set_device(LOCAL_RANK)                   # "cuda" now means this one
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)    # torchrun repeats Ctrl-C; Run takes the first
+    for number in (signal.SIGINT, signal.SIGTERM):  # torchrun sends them to all and may repeat them:
+        signal.signal(number, signal.SIG_IGN)       # Run takes the first, of rank 0's
 
 
 def seed_processes(seed):

@@ -1,5 +1,6 @@
 """What the tests of the scripts share: a small run and its results."""
 import csv
+import json
 import time
 from types import SimpleNamespace
 
@@ -29,6 +30,16 @@ def small(script, **changes):
     continuous = SMALL_CONTINUOUS if hasattr(script, "SequenceReplay") else {}
     flags = SMALL | SMALL_PPO | SMALL_DQN | LENGTHS | continuous | changes
     return {name: value for name, value in flags.items() if hasattr(script.Args(), name)}
+
+
+def command_line(script, **changes):
+    """The flags of a small run as a user writes them."""
+    flags = []
+    for name, value in small(script, **changes).items():
+        words = json.dumps(value) if isinstance(value, dict) else value
+        words = words if isinstance(words, tuple) else (words,) * (value is not True)
+        flags += [f"--{name.replace('_', '-')}", *words]
+    return flags
 
 
 def run(tmp_path, script, **changes):

@@ -1,6 +1,5 @@
 """ppo_recurrent_tbb_multigpu.py: two processes do what one does, and one does what tbb does."""
 import csv
-import json
 import os
 import signal
 import time
@@ -13,7 +12,7 @@ import ppo_recurrent_tbb_multigpu as ppo
 from models.flags import read_checkpoint
 from tests import planted_multigpu
 from tests.conftest import ROOT
-from tests.helpers import column, comparable, run, small, weights_of
+from tests.helpers import column, command_line, comparable, run, weights_of
 
 CARTPOLE = dict(env_id="popgym-PositionOnlyCartPoleEasy-v0", env_kwargs={}, num_minibatches=1)
 
@@ -25,11 +24,7 @@ def torchrun(run_script, tmp_path, monkeypatch):
 
     def start(plant, **changes):
         changes = {"runs_dir": tmp_path, "run_name": "two", "num_minibatches": 2, **changes}
-        flags = []
-        for name, value in small(ppo, **changes).items():
-            words = json.dumps(value) if isinstance(value, dict) else value
-            words = words if isinstance(words, tuple) else (words,) * (value is not True)
-            flags += [f"--{name.replace('_', '-')}", *words]
+        flags = command_line(ppo, **changes)
         return run_script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                           planted_multigpu.__file__, plant, *flags, start_new_session=True)
     return start
@@ -102,16 +97,18 @@ def test_processes_play_different_episodes_and_a_resume_begins_new_ones(tmp_path
     assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1     # rank 0's
 
 
-def test_ctrl_c_saves_and_ends_all_processes(tmp_path, torchrun):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_ends_all_processes(tmp_path, torchrun, number):
     """As the terminal sends it: to torchrun, which passes it on, and to its processes: they get it twice."""
     process = torchrun("nothing", total_timesteps=10**8, checkpoint_every=10**8)
     progress, deadline = tmp_path / "two" / "progress.csv", time.time() + 300
     while not (progress.exists() and rows_of(tmp_path / "two")):
         assert process.poll() is None and time.time() < deadline, finished(process)
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, number)
     stdout, stderr = finished(process)                      # ends when the last process has closed it
     assert stdout.count("interrupted at step") == 1, stderr
+    assert process.returncode == 1                          # torchrun's own, after any signal
     steps = read_checkpoint(tmp_path / "two")["global_step"]
     assert steps == column(rows_of(tmp_path / "two"), "global_step")[-1] > 0
 

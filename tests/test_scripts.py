@@ -25,7 +25,7 @@ from models.flags import read_checkpoint
 from models.play import play
 from models.rnn import GRU
 from tests.conftest import CONTINUOUS, DISCRETE_OFF_POLICY, OFF_POLICY, PPO, SCRIPTS
-from tests.helpers import column, comparable, copies, run, small, wait_for, weights_of
+from tests.helpers import column, command_line, comparable, copies, run, small, wait_for, weights_of
 from tests.probes import NUMBERS
 
 ROW = 4 * 32  # steps between two rows of progress.csv in a small run, which has three
@@ -141,15 +141,6 @@ def test_run_folder_holds_what_design_says(script, tmp_path):
         metadata = f.metadata()
     assert metadata["script"] == script.SCRIPT
     assert metadata["global_step"] == str(3 * ROW)
-
-
-def command_line(script, **changes):
-    """The flags of a small run as a user writes them."""
-    words = []
-    for name, value in small(script, **changes).items():
-        value = json.dumps(value) if isinstance(value, dict) else value
-        words += [f"--{name.replace('_', '-')}", *(value if isinstance(value, tuple) else [value])]
-    return words
 
 
 def test_ctrl_c_saves_and_exits_0_and_sigkill_leaves_only_whole_files(script, tmp_path, run_script):
