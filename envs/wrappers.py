@@ -202,8 +202,8 @@ class PreviousActionReward(gym.vector.VectorWrapper):
             low, high = space.low.astype(float), space.high.astype(float)
             finite = high - low < 1e9                       # what is wider is no bound
             self.scale = np.where(finite, (high - low) / 2, 1.0)
+            self.centre = np.where(finite, low + self.scale, 0.0)
             self.scale[self.scale == 0] = 1.0
-            self.centre = np.where(finite, low + (high - low) / 2, 0.0)
             bound = np.where(finite, 1, np.inf).astype(np.float32)
             parts.append(gym.spaces.Box(-bound, bound, dtype=np.float32))
         if reward:

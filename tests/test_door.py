@@ -11,7 +11,7 @@ from envs.poc_memory import PocMemoryBatch
 from envs.wrappers import say_that_masks_are_ignored, whether_success
 from models import play, to_tensors
 from models.heads import to_bounds
-from tests.conftest import CONTINUOUS, PPO
+from tests.conftest import CONTINUOUS, DISCRETE_OFF_POLICY, PPO
 from tests.helpers import comparable, run, weights_of
 
 
@@ -122,6 +122,26 @@ def test_what_cannot_be_learned_from_is_named(tmp_path, capsys, manners, says):
     assert stop.value.code == 2 and f"--env-id Faulty-v0 {says}" in error and "Traceback" not in error
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("begins, kept", [(20, False), (300, True)])
+def test_a_fault_in_a_run_leaves_what_was_learned_and_nothing_else(script, tmp_path, begins, kept):
+    """begins: the step of the run's 384 from which rewards are nan."""
+    class Late(StrangerBox if script.__name__ in CONTINUOUS else Stranger):
+        steps = 0
+
+        def step(self, action):
+            Late.steps += 1
+            obs, reward, *others = super().step(action)
+            return obs, np.nan if Late.steps > begins else reward, *others
+
+    gym.registry.pop("Late-v0", None)
+    gym.register("Late-v0", Late)
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, script, env_id="Late-v0", env_kwargs={})
+    assert stop.value.code == 2 and (tmp_path / "run" / "checkpoint.pt").exists() == kept
+    assert kept or not list(tmp_path.iterdir())
+
+
 class Endless(gym.Env):
     """Never ends by itself."""
 
@@ -143,14 +163,13 @@ class Endless(gym.Env):
 gym.register("Endless-v0", Endless)
 
 
-def test_a_task_that_never_ends_is_said_to(tmp_path, capsys):
-    """DQN draws ended episodes: until one has ended it cannot learn. A limit of the task's own mends it."""
-    import dqn_recurrent_tbb as dqn
-
-    rows, _ = run(tmp_path, dqn, env_id="Endless-v0", env_kwargs={})
+@pytest.mark.parametrize("script", DISCRETE_OFF_POLICY, indirect=True)
+def test_a_task_that_never_ends_is_said_to(script, tmp_path, capsys):
+    """They draw ended episodes: until one has ended they cannot learn. A limit of the task's own mends it."""
+    rows, _ = run(tmp_path, script, env_id="Endless-v0", env_kwargs={})
     assert "no gradient step was made until step 128" in "".join(capsys.readouterr())
     assert float(rows[-1]["charts/gradient_steps"]) == 0
-    rows, _ = run(tmp_path / "b", dqn, env_id="Endless-v0", env_kwargs={"max_episode_steps": 9})
+    rows, _ = run(tmp_path / "b", script, env_id="Endless-v0", env_kwargs={"max_episode_steps": 9})
     assert "warning" not in "".join(capsys.readouterr()) and float(rows[-1]["charts/gradient_steps"]) > 0
 
 
