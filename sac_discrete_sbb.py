@@ -219,7 +219,7 @@ class Replay:
 
     def load_state_dict(self, saved):
         if saved["sizes"] != self.sizes:
-            fail("the saved replay has other sizes than the flags and the task need: leave those flags out")
+            fail("the saved replay has other sizes: leave out what differs of --num-envs and --buffer-size")
         for x, value in zip(self.arrays, saved["arrays"]):
             x[:] = value
         self.index.extend(map(tuple, saved["index"].tolist()))

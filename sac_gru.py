@@ -36,6 +36,7 @@ from models import MEMORIES, SquashedGaussian, Trunk, mlp, to_tensors
 from models.cpu_speed import keep_freed_memory
 from models.files import refuse_more_than_memory
 from models.flags import Count, Finite, Fraction, Json, Positive, Schedule, Whole, fail, parse
+from models.heads import to_bounds
 from models.play import enjoy, film, play
 from models.run_folder import Run, make_agent, restore_random_generators
 
@@ -162,8 +163,8 @@ class Agent(nn.Module):
 
     def to_env(self, action):
         """[-1, 1] -> the bounds of the action space; numpy."""
-        action = self.low + (action.cpu().numpy() + 1) / 2 * (self.high - self.low)  # waits
-        return action.clip(self.low, self.high).astype(self.low.dtype)
+        action = action.detach().cpu().numpy()              # waits for the device
+        return to_bounds(action, self.low, self.high)
 
 
 def add_time(obs):
@@ -263,7 +264,7 @@ class SequenceReplay:
 
     def load_state_dict(self, saved):
         if [x.shape for x in saved["arrays"]] != [x.shape for x in self.arrays]:
-            fail("the saved replay has other sizes than the flags and the task need: leave those flags out")
+            fail("the saved replay has other sizes: leave out what differs of --num-envs and --buffer-size")
         for x, value in zip(self.arrays, saved["arrays"]):
             x[:] = value
 

@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from models.files import fail, make_out  # noqa: E402
+from models.files import command_line, fail, make_out  # noqa: E402
 from models.scan import associative_scan, linear_scan, resettable  # noqa: E402
 
 GAMMA = 0.99
@@ -133,7 +132,7 @@ def write(rows, out):
 
 
 def main(argv=None):
-    args = tyro.cli(Args, args=argv)
+    args = command_line(Args, argv)
     for length in args.lengths:
         if not 1 <= length <= 2**30:
             fail(f"--lengths {length} must be at least 1 and at most {2**30}")

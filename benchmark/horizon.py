@@ -25,14 +25,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from envs.vector import make_envs  # noqa: E402
 from models import to_tensors  # noqa: E402
-from models.files import make_out  # noqa: E402
+from models.files import command_line, make_out  # noqa: E402
 from models.flags import fail, parse, read_model  # noqa: E402
 from models.play import play  # noqa: E402
 from models.run_folder import make_agent  # noqa: E402
@@ -185,7 +184,7 @@ def check(options):
 
 
 def main(argv=None):
-    options = tyro.cli(Args, args=argv)
+    options = command_line(Args, argv)
     check(options)
     torch.set_num_threads(1)
     script = script_of(options.model)

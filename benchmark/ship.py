@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from envs.vector import make_envs  # noqa: E402
+from models.files import command_line  # noqa: E402
 from models.flags import fail, load, parse, read_model  # noqa: E402
 from models.play import play  # noqa: E402
 from models.run_folder import make_agent  # noqa: E402
@@ -62,7 +63,7 @@ def measure(path, episodes, seed=10_000):
 
 
 def main(argv=None):
-    args = tyro.cli(Args, args=argv)
+    args = command_line(Args, argv)
     if not args.entries:
         fail("no entries are named: give some of benchmark/tasks, such as poc-gru")
     if not 1 <= args.episodes <= 2**20:

@@ -32,12 +32,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from models import MEMORIES  # noqa: E402
+from models.files import command_line  # noqa: E402
 from models.flags import EMPTY, fail  # noqa: E402
 
 # name: env id, env kwargs, N, T, minibatches, LSTM size, hidden layer, encoder size (images), updates to time
@@ -425,7 +424,7 @@ def fail_if_no_file_can_be(path):
 
 
 def main(argv=None):
-    args = tyro.cli(Args, args=argv)
+    args = command_line(Args, argv)
     check(args)
     if args.child:
         run_sb3(args)

@@ -16,7 +16,6 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import torch
-import tyro
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -24,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 import ppo_recurrent_sbb as sbb  # noqa: E402
 import ppo_recurrent_tbb as tbb  # noqa: E402
 from models import MEMORIES  # noqa: E402
-from models.files import fail, make_out  # noqa: E402
+from models.files import command_line, fail, make_out  # noqa: E402
 
 
 @dataclass
@@ -108,7 +107,7 @@ def check(args):
 
 
 def main(argv=None):
-    args = tyro.cli(Args, args=argv)
+    args = command_line(Args, argv)
     check(args)
     torch.set_num_threads(1)
     import matplotlib.pyplot as plt

@@ -4,6 +4,7 @@ import functools
 import importlib
 import json
 import sys
+import weakref
 
 import gymnasium as gym
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 
 from envs.batch import BatchEnv
-from envs.wrappers import BatchResetOptions, Guest, Guests, PreviousActionReward, ResetOptions, in_symbols
+from envs.wrappers import BatchResetOptions, Checked, Guest, PreviousActionReward, ResetOptions, in_symbols
 from models.flags import fail, refused_in_one_sentence
 
 
@@ -23,10 +24,11 @@ def make_envs(args, num_envs, training=True, render_mode=None):
     what = (f"--env-id {args.env_id} with --env-kwargs {json.dumps(args.env_kwargs)} and --reset-options "
             f"{json.dumps(args.reset_options)}")
     with refused_in_one_sentence(what):
-        envs = make_vector(args, num_envs, training, render_mode)
+        envs = Checked(make_vector(args, num_envs, training, render_mode))
         if args.prev_action or args.prev_reward:
             envs = PreviousActionReward(envs, args.prev_action, args.prev_reward)
         envs = Episodes(envs, [args.env_id, args.env_kwargs, num_envs])
+        weakref.finalize(envs, envs.env.close)              # once nobody uses them
         envs.reset(seed=args.seed)
         envs.step(envs.action_space.sample())               # wrong flags show before a run exists
     return envs
@@ -49,12 +51,12 @@ def make_vector(args, num_envs, training, render_mode):
         return BatchResetOptions(envs, options) if options else envs
     if render_mode:
         kwargs = {**kwargs, "render_mode": render_mode}
-    wrappers = [] if ours else [in_symbols, Guest]          # with Guests, in place of Gymnasium's checker
+    wrappers = [] if ours else [in_symbols, Guest]          # with Checked, in place of Gymnasium's checker
     if options:
         wrappers.append(functools.partial(ResetOptions, options=options))
     envs = gym.make_vec(
         env_id, num_envs, "sync", {"autoreset_mode": autoreset}, wrappers, disable_env_checker=True, **kwargs)
-    return envs if ours else Guests(envs)
+    return envs
 
 
 def import_module_of(env_id):

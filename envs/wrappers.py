@@ -1,4 +1,5 @@
 """Wrappers around tasks: other people's at the door, fixed reset options, previous action and reward."""
+import functools
 import re
 
 import gymnasium as gym
@@ -7,6 +8,7 @@ from gymnasium.vector.utils import batch_space, concatenate, create_empty_array
 from minigrid.core.constants import COLOR_TO_IDX, OBJECT_TO_IDX
 from minigrid.core.mission import MissionSpace
 from minigrid.envs.babyai.core.roomgrid_level import BabyAIMissionSpace
+from tqdm import tqdm
 
 from models.encoder import leaves
 from models.flags import fail
@@ -55,6 +57,12 @@ def in_symbols(env):
     return Symbols(env) if theirs and "image" in space.spaces else env
 
 
+@functools.cache
+def say_that_masks_are_ignored():
+    tqdm.write("warning: the task gives an action_mask, and no script applies it: what it forbids is tried "
+               "as any other action is")
+
+
 class Guest(gym.Wrapper):
     """One of other people's environments: what it does to its arrays and infos later does not reach us.
 
@@ -64,7 +72,9 @@ class Guest(gym.Wrapper):
     """
 
     def reset(self, *, seed=None, options=None):
-        obs, _ = self.env.reset(seed=seed, options=options or None)
+        obs, info = self.env.reset(seed=seed, options=options or None)
+        if "action_mask" in info or (isinstance(obs, dict) and "action_mask" in obs):
+            say_that_masks_are_ignored()
         return obs, {}
 
     def step(self, action):
@@ -75,7 +85,7 @@ class Guest(gym.Wrapper):
         return obs, reward, False, False, {}
 
 
-class Guests(gym.vector.VectorWrapper):
+class Checked(gym.vector.VectorWrapper):
     """Names an observation or a reward that no network can take: nan, inf, integers outside their space."""
 
     def __init__(self, envs):
@@ -93,18 +103,19 @@ class Guests(gym.vector.VectorWrapper):
     def step(self, actions):
         obs, rewards, terminated, truncated, infos = self.env.step(actions)
         self.steps += 1
-        if not np.isfinite(rewards).all():
+        if not np.isfinite(rewards.sum()) and not np.isfinite(rewards).all():
             self.refuse(~np.isfinite(rewards), rewards, "gave the reward")
         self.check(obs)
-        for last_obs in infos["final_obs"][truncated] if "final_obs" in infos else ():
-            batch = create_empty_array(self.single_observation_space, n=1)
-            self.check(concatenate(self.single_observation_space, [last_obs], batch))
+        if "final_obs" in infos and truncated.any():        # after a death it is not looked at
+            last_obs = infos["final_obs"][truncated]
+            batch = create_empty_array(self.single_observation_space, n=len(last_obs))
+            self.check(concatenate(self.single_observation_space, last_obs, batch))
         return obs, rewards, terminated, truncated, infos
 
     def check(self, obs):
         found = leaves(self.single_observation_space, obs)
         for name, space, bounds, leaf in zip(self.names, self.spaces, self.bounds, found):
-            if bounds is None:
+            if bounds is None or (leaf.dtype.kind == "f" and np.isfinite(leaf.sum())):      # the usual case
                 continue
             inside = (leaf >= bounds[0]) & (leaf <= bounds[1])                  # nan is in no bounds
             if not inside.all():
@@ -180,7 +191,8 @@ class PreviousActionReward(gym.vector.VectorWrapper):
     """The observation becomes Tuple(observation[, previous action][, previous reward]).
 
     At the first step of an episode there is no previous action: integers then read one below the
-    space's start, a Box reads 0. There is no previous reward either: it reads 0.
+    space's start, a Box reads 0. There is no previous reward either: it reads 0. The actions of a Box are in
+    units that put its finite bounds at -1 and 1, as policies give them.
     """
 
     def __init__(self, envs, action, reward):
@@ -196,12 +208,19 @@ class PreviousActionReward(gym.vector.VectorWrapper):
             nvec, start = space.nvec.astype(np.int64), space.start.astype(np.int64)         # uint8 has no -1
             parts.append(gym.spaces.MultiDiscrete(nvec + 1, start=start - 1))
         elif action:
-            parts.append(space)
+            low, high = space.low.astype(float), space.high.astype(float)
+            finite = high - low < 1e9                       # what is wider is no bound
+            self.scale = np.where(finite, (high - low) / 2, 1.0)
+            self.centre = np.where(finite, low + self.scale, 0.0)
+            self.scale[self.scale == 0] = 1.0
+            bound = np.where(finite, 1, np.inf).astype(np.float32)
+            parts.append(gym.spaces.Box(-bound, bound, dtype=np.float32))
         if reward:
             parts.append(gym.spaces.Box(-np.inf, np.inf, (), np.float32))
         self.action, self.reward = action, reward
-        if isinstance(space, gym.spaces.Box):
-            self.no_action = np.zeros(space.shape, space.dtype)
+        self.box = isinstance(space, gym.spaces.Box)
+        if self.box:
+            self.no_action = np.zeros(space.shape, np.float32)
         else:
             self.no_action = np.asarray(space.start, np.int64) - 1
         self.last_actions = np.stack([self.no_action] * self.num_envs)
@@ -225,6 +244,8 @@ class PreviousActionReward(gym.vector.VectorWrapper):
 
     def step(self, actions):
         obs, rewards, terminated, truncated, infos = self.env.step(actions)
+        if self.action and self.box:
+            actions = (actions - self.centre) / self.scale
         self.last_actions = np.array(actions, self.no_action.dtype)
         self.last_rewards = np.array(rewards)
         for i in np.flatnonzero(infos.get("_final_obs", [])):               # obs[i] opens an episode

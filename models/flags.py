@@ -13,10 +13,9 @@ from typing import Annotated
 
 import gymnasium as gym
 import torch
-import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
-from models.files import fail, read_checkpoint, read_model
+from models.files import command_line, fail, read_checkpoint, read_model
 
 EMPTY = '""'  # a path of no letters, as somebody typed it
 MOST = {  # no run can mean more
@@ -94,14 +93,15 @@ def parse(Args, script, argv=None):
 
     Flags given now override the saved ones. Saved flags that this version does not know are left out.
     """
-    args = tyro.cli(Args, args=argv)
+    args = command_line(Args, argv)
     saved = {}
     if args.model is not None:
         saved = load("--model", args.model, read_model, script)
     elif args.resume is not None:
         saved = load("--resume", args.resume, read_checkpoint, script)
     if saved:
-        args = tyro.cli(Args, args=argv, default=args_of(Args, saved))
+        path = f"--model {args.model}" if args.model is not None else f"--resume {args.resume}"
+        args = command_line(Args, argv, default=args_of(Args, saved, path))
     refuse_what_is_out_of_range(args)
     return args, saved
 
@@ -119,7 +119,7 @@ def refuse_what_is_out_of_range(args):
             fail(f"--{name.replace('_', '-')} {value} must be at most {MOST[name]}")
 
 
-def args_of(Args, saved):
+def args_of(Args, saved, path):
     """The flags that a model or checkpoint was made with."""
     known = {field.name: field.type for field in dataclasses.fields(Args)}
     flags = {name: value for name, value in json.loads(saved["args"]).items() if name in known}
@@ -128,7 +128,27 @@ def args_of(Args, saved):
             flags[name] = tuple(value)
         if known[name] is Json and isinstance(value, str):  # as files of layout 1 have it
             flags[name] = json.loads(value)
+    for name, hint in typing.get_type_hints(Args, include_extras=True).items():
+        if name in flags and not is_a(flags[name], hint):
+            flag = f"--{name.replace('_', '-')} {json.dumps(flags[name])}"
+            fail(f"{path} holds {flag}, which is of another type: it is damaged or another program's")
     return Args(**flags)
+
+
+def is_a(value, hint):
+    """Whether a value that a file holds is of a flag's type."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return is_a(value, inner[0])
+    if origin is typing.Literal:
+        return value in inner
+    if origin is tuple:
+        return isinstance(value, tuple) and all(is_a(x, inner[0]) for x in value)
+    if inner:                                               # a union
+        return any(is_a(value, kind) for kind in inner)
+    if hint is float:
+        return type(value) in (int, float)
+    return type(value) is hint
 
 
 def load(flag, path, read, script):
@@ -153,7 +173,18 @@ def load(flag, path, read, script):
         fail(f"{flag} {path} was made by an older version of {script}.py and cannot be continued by this "
              "one: train again, or continue it with that version")
     refuse_broken_weights(f"{flag} {path}", saved.get("agent"))
-    return saved
+    return Saved(saved, f"{flag} {path}")
+
+
+class Saved(dict):
+    """What a file holds; what it lacks is named."""
+
+    def __init__(self, found, path):
+        super().__init__(found)
+        self.path = path
+
+    def __missing__(self, key):
+        fail(f"{self.path} holds no {key}: it is damaged or another program's")
 
 
 def refuse_broken_weights(what, weights):

@@ -42,8 +42,8 @@ class GPT(nn.Module):
 
     def initial_state(self, batch_size):
         p = self.norm.weight
-        kept = p.new_zeros(batch_size, self.kept, self.hidden_size)
-        return (p.new_zeros(batch_size, 1), *[kept] * (2 * len(self.blocks)))
+        size = batch_size, self.kept, self.hidden_size
+        return (p.new_zeros(batch_size, 1), *(p.new_zeros(size) for _ in range(2 * len(self.blocks))))
 
     def forward(self, x, state, start):
         """

@@ -8,6 +8,14 @@ from models.distributions import Categorical, DiagonalGaussian, MultiCategorical
 from models.layers import init
 
 
+def to_bounds(action, low, high):
+    """[-1, 1] -> a Box's bounds, in their dtype: integers are rounded.   action: numpy [..., A]"""
+    lowest, highest = low.astype(float), high.astype(float)                     # int8 has no 200
+    action = lowest + (action + 1) / 2 * (highest - lowest)
+    action = np.rint(action) if np.issubdtype(low.dtype, np.integer) else action
+    return action.clip(low, high).astype(low.dtype)
+
+
 class PolicyHead(nn.Module):
     """[..., F] -> distribution. Discrete: categorical. MultiDiscrete: one categorical a branch.
     Box: Gaussian with one learned log-std a dimension, as CleanRL, in units that put finite bounds at
@@ -49,7 +57,7 @@ class PolicyHead(nn.Module):
 
     def to_env(self, action):
         """Actions as the environment takes them: numpy, Box scaled and clipped, integers from its start."""
-        action = action.cpu().numpy()                       # waits for the device
+        action = action.detach().cpu().numpy()              # waits for the device
         if isinstance(self.space, gym.spaces.Box):
             action = self.centre + self.scale * action
             whole = np.issubdtype(self.space.dtype, np.integer)

@@ -28,8 +28,8 @@ class RNN(nn.Module):
         # KNOWN BUG (recurrent-ppo readme): None as hidden state. torch takes it for zeros and says nothing.
         #   Symptom: the memory restarts at every call, the value function explodes. Here: a state is always
         #   given, None fails. Test: test_ppo.py::test_classic_bug_none_as_hidden_state.
-        zeros = self.rnn.weight_hh_l0.new_zeros(batch_size, self.hidden_size)
-        return (zeros,) * (self.states * self.num_layers)
+        size, new_zeros = (batch_size, self.hidden_size), self.rnn.weight_hh_l0.new_zeros
+        return tuple(new_zeros(size) for _ in range(self.states * self.num_layers))
 
     def forward(self, x, state, start):
         if len(x) == 1:

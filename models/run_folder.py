@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -24,10 +25,13 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from models.files import lock, refused_if_the_disk_does, rows_until, write
+from models.files import RUNNING, lock, refused_if_the_disk_does, rows_until, write
 from models.flags import LAYOUT, fail, pick_device, refused_in_one_sentence
 
 LAPS = "policy", "env", "batch", "update", "log"  # what the time of a run is spent on
+NETWORK = (  # flags that its sizes depend on
+    "env_id", "env_kwargs", "memory", "hidden_size", "num_layers", "memory_kwargs", "encoder_size",
+    "mlp_size", "prev_action", "prev_reward", "norm_obs", "shared_encoder")
 SHOWN = {"SPS": "charts/SPS", "return": "charts/episodic_return", "success": "charts/success"}
 
 
@@ -46,8 +50,10 @@ class Run:
             fail(f"--run-name {name} cannot be made in --runs-dir {args.runs_dir} ({e.strerror}); "
                  f"choose another or --resume {self.folder}")
         self.lock = lock(self.folder)
+        self.keeps_folder = bool(args.resume)               # from the first gradient step on
         if args.track:
             self.track(args)
+        self.log_short_runs(args)
         write(self.folder / "args.json", lambda path: path.write_text(self.args))
         self.progress = self.folder / "progress.csv"
         if self.progress.exists():                          # rows after the checkpoint will be made again
@@ -63,6 +69,13 @@ class Run:
         if threading.current_thread() is threading.main_thread():               # others get no signals
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.handlers_before[number] = signal.signal(number, self.on_signal)
+        RUNNING[:] = [self]
+
+    def log_short_runs(self, args):
+        """Off-policy runs of fewer than --log-every steps get one row, of their last step."""
+        if hasattr(args, "log_every"):
+            steps = max(1, args.train_every // args.num_envs) * args.num_envs
+            args.log_every = min(args.log_every, args.total_timesteps // steps * steps)
 
     def track(self, args):
         """Weights & Biases copies what TensorBoard gets; a resumed run continues as the same one."""
@@ -106,6 +119,7 @@ class Run:
         row = {**row, "charts/SPS": (global_step - self.last_step) / took}
         row |= {f"time/{name}": value for name, value in self.spent.items()}
         self.warn_without_gradient_steps(global_step, row)
+        self.keeps_folder |= row.get("charts/gradient_steps") != 0
         cells = ["" if value != value else f"{value:.6g}" for value in row.values()]
         with refused_if_the_disk_does(self.progress), self.progress.open("a", newline="") as f:
             table = csv.writer(f, lineterminator="\n")
@@ -143,6 +157,7 @@ class Run:
         write(self.folder / "model.safetensors", lambda path: save_file(weights, path, metadata))
         write(self.folder / "checkpoint.pt", lambda path: torch.save(checkpoint, path))
         self.saved_step = global_step
+        self.keeps_folder |= global_step > 0 and everything.get("gradient_steps") != 0
 
     def stop_if_not_finite(self, loss, global_step):
         """A loss of nan or inf ends the run; the last checkpoint is from before."""
@@ -158,11 +173,21 @@ class Run:
             tqdm.write(f"warning: log-probabilities differ by {first_logratio:.1e} before the update's first "
                        "gradient step: the policy in training is not the one that acted")
 
-    def finish(self):
+    def close(self):
+        RUNNING.clear()
         self.restore_handlers()
         os.close(self.lock)
         self.bar.close()
         self.writer.close()
+
+    def abandon(self):
+        """Bad input that only the run has shown, as episodes that do not fit the replay."""
+        self.close()
+        if not self.keeps_folder:
+            shutil.rmtree(self.folder)
+
+    def finish(self):
+        self.close()
         how = "interrupted" if self.interrupted else "done"
         print(f"{how} at step {self.saved_step}; everything is in {self.folder}")
         if self.interrupted:
@@ -190,7 +215,7 @@ def make_agent(Agent, args, envs, saved):
             if hasattr(part, "encoder") and hasattr(part, "memory"):
                 remember_one_step(part.memory, part.encoder.out_size, device)
     if saved:
-        load_weights(agent, saved)
+        load_weights(agent, saved, args)
     return agent, device
 
 
@@ -205,15 +230,26 @@ def remember_one_step(memory, input_size, device):
         raise ValueError("the memory's first outputs are not finite: leave its numbers out")
 
 
-def load_weights(agent, saved):
+def load_weights(agent, saved, args):
     own, weights = agent.state_dict(), saved["agent"]
     if own.keys() != weights.keys():
         names = ", ".join(sorted(own.keys() ^ weights.keys())[:3])
-        why = "leave those flags out" if saved.get("layout") == LAYOUT else "it was made by an older version"
+        older = saved.get("layout") != LAYOUT
+        why = "it was made by an older version" if older else what_differs(saved, args)
         fail(f"the saved network has other parts than the flags ask for ({names}): {why}")
     for name, weight in weights.items():
         if weight.shape != own[name].shape:
             sizes = f"{name} is {list(weight.shape)} in the file, {list(own[name].shape)} here"
             fail(f"the saved network has other sizes than the flags and the task ask for ({sizes}): "
-                 "leave those flags out")
+                 f"{what_differs(saved, args)}")
     agent.load_state_dict(weights)
+
+
+def what_differs(saved, args):
+    """The flags that make another network than the saved one."""
+    asked = {name: getattr(args, name) for name in NETWORK if hasattr(args, name)}
+    before = json.loads(saved["args"])
+    changed = [
+        f"--{name.replace('_', '-')} {json.dumps(value)} (saved: {json.dumps(before[name])})"
+        for name, value in asked.items() if name in before and before[name] != value]
+    return f"leave out {', '.join(changed)}" if changed else "the task has changed since then"

@@ -1,11 +1,17 @@
 """Other people's tasks: what they do to arrays, infos and types does not reach the learner."""
+import gc
+
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 
 from envs import vector
-from models import play
-from tests.conftest import CONTINUOUS
+from envs.poc_memory import PocMemoryBatch
+from envs.wrappers import say_that_masks_are_ignored, whether_success
+from models import play, to_tensors
+from models.heads import to_bounds
+from tests.conftest import CONTINUOUS, DISCRETE_OFF_POLICY, PPO
 from tests.helpers import comparable, run, weights_of
 
 
@@ -116,6 +122,26 @@ def test_what_cannot_be_learned_from_is_named(tmp_path, capsys, manners, says):
     assert stop.value.code == 2 and f"--env-id Faulty-v0 {says}" in error and "Traceback" not in error
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("begins, kept", [(20, False), (300, True)])
+def test_a_fault_in_a_run_leaves_what_was_learned_and_nothing_else(script, tmp_path, begins, kept):
+    """begins: the step of the run's 384 from which rewards are nan."""
+    class Late(StrangerBox if script.__name__ in CONTINUOUS else Stranger):
+        steps = 0
+
+        def step(self, action):
+            Late.steps += 1
+            obs, reward, *others = super().step(action)
+            return obs, np.nan if Late.steps > begins else reward, *others
+
+    gym.registry.pop("Late-v0", None)
+    gym.register("Late-v0", Late)
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, script, env_id="Late-v0", env_kwargs={})
+    assert stop.value.code == 2 and (tmp_path / "run" / "checkpoint.pt").exists() == kept
+    assert kept or not list(tmp_path.iterdir())
+
+
 class Endless(gym.Env):
     """Never ends by itself."""
 
@@ -137,14 +163,13 @@ class Endless(gym.Env):
 gym.register("Endless-v0", Endless)
 
 
-def test_a_task_that_never_ends_is_said_to(tmp_path, capsys):
-    """DQN draws ended episodes: until one has ended it cannot learn. A limit of the task's own mends it."""
-    import dqn_recurrent_tbb as dqn
-
-    rows, _ = run(tmp_path, dqn, env_id="Endless-v0", env_kwargs={})
+@pytest.mark.parametrize("script", DISCRETE_OFF_POLICY, indirect=True)
+def test_a_task_that_never_ends_is_said_to(script, tmp_path, capsys):
+    """They draw ended episodes: until one has ended they cannot learn. A limit of the task's own mends it."""
+    rows, _ = run(tmp_path, script, env_id="Endless-v0", env_kwargs={})
     assert "no gradient step was made until step 128" in "".join(capsys.readouterr())
     assert float(rows[-1]["charts/gradient_steps"]) == 0
-    rows, _ = run(tmp_path / "b", dqn, env_id="Endless-v0", env_kwargs={"max_episode_steps": 9})
+    rows, _ = run(tmp_path / "b", script, env_id="Endless-v0", env_kwargs={"max_episode_steps": 9})
     assert "warning" not in "".join(capsys.readouterr()) and float(rows[-1]["charts/gradient_steps"]) > 0
 
 
@@ -170,3 +195,129 @@ def test_a_task_of_the_working_directory_is_found(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     envs = vector.make_envs(ppo.Args(env_id="a_task_nearby:Nearby-v0"), 2)
     assert envs.num_envs == 2
+
+
+class Spoilt(PocMemoryBatch):
+    """One of our own batches, with a fault in it."""
+
+    fault = "reward"
+
+    def move(self, actions):
+        reward, *ends = super().move(actions)
+        return reward + (np.nan if self.fault == "reward" else 0), *ends
+
+    def observe(self):
+        obs = super().observe()
+        return obs * np.nan if self.fault == "observation" and self.t.min() == 3 else obs
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("fault, says", [
+    ("reward", "gave the reward nan in environment 0 after 1 steps"),
+    ("observation", "left its space Box(-1.0, 1.0, (3,), float32) with [nan nan nan] in environment 0")])
+def test_faults_of_our_own_batches_are_named(tmp_path, capsys, fault, says):
+    import ppo_recurrent_tbb as ppo
+
+    gym.registry.pop("Spoilt-v0", None)
+    gym.register("Spoilt-v0", vector_entry_point=type("Fault", (Spoilt,), {"fault": fault}))
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, ppo, env_id="Spoilt-v0")
+    assert stop.value.code == 2 and f"--env-id Spoilt-v0 {says}" in capsys.readouterr().err
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("space", [
+    gym.spaces.Discrete(3, dtype=np.int32), gym.spaces.Discrete(3, start=200, dtype=np.uint8),
+    gym.spaces.MultiDiscrete([3, 2], dtype=np.int8), gym.spaces.MultiDiscrete([3, 200], dtype=np.uint8),
+    gym.spaces.Box(0, 4, (2,), np.int32), gym.spaces.Box(-100, 100, (2,), np.int8),
+    gym.spaces.Box(-1, 3, (2,), np.float16), gym.spaces.Box(-1, 3, (2,), np.float64)], ids=str)
+@pytest.mark.parametrize("prev_action", [False, True])
+def test_every_type_of_action(script, space, prev_action):
+    """The space contains the actions; with gradients on, too."""
+    continuous, box = script.__name__ in CONTINUOUS, isinstance(space, gym.spaces.Box)
+    if continuous != box and not (box and script.__name__ in PPO):
+        return
+    gym.registry.pop("Typed-v0", None)
+    gym.register("Typed-v0", type("Typed", (Stranger,), {"action_space": space}))
+    args = script.Args(env_id="Typed-v0", prev_action=prev_action, memory="gru", device="cpu")
+    envs = vector.make_envs(args, 4)
+    agent = script.Agent(envs.single_observation_space, envs.single_action_space, args)
+    state, start = agent.memory.initial_state(4), torch.ones(4, dtype=torch.bool)
+    obs, _ = envs.reset(seed=1)
+    for _ in range(6):                                      # Stranger asserts that its space contains them
+        obs = to_tensors(envs.single_observation_space, obs, "cpu")
+        action, state = agent.act(obs, state, start)
+        obs = envs.step(action)[0]
+
+
+@pytest.mark.quick
+def test_whole_numbers_within_bounds_are_all_taken():
+    low, high = np.array([0, -100], np.int8), np.array([4, 100], np.int8)
+    ends = to_bounds(np.array([[-1.0, -1.0], [0.9, 1.0], [1.0, 0.0]]), low, high)
+    assert ends.tolist() == [[0, -100], [4, 100], [4, 0]] and ends.dtype == np.int8
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("low, high, given, seen", [
+    (100, 200, 175, 0.5), (-0.01, 0.01, -0.01, -1), (-1, 1, 0.3, 0.3), (-np.inf, np.inf, 7, 7)])
+def test_previous_actions_are_in_units_of_the_bounds(low, high, given, seen):
+    space = gym.spaces.Box(low, high, (1,), np.float32)
+    gym.registry.pop("Typed-v0", None)
+    gym.register("Typed-v0", type("Typed", (Stranger,), {"action_space": space}))
+    joined = vector.PreviousActionReward(gym.make_vec("Typed-v0", 2, "sync"), action=True, reward=False)
+    assert joined.reset(seed=1)[0][1].tolist() == [[0], [0]]
+    assert joined.step(np.full((2, 1), given, np.float32))[0][1] == pytest.approx(np.full((2, 1), seen))
+
+
+class Unwanted(gym.vector.VectorEnv):
+    def __init__(self, *_, **__):
+        raise AssertionError("other people's vectors are not made")
+
+
+@pytest.mark.quick
+def test_vectors_of_others_are_not_used_and_what_is_made_is_made_once_and_closed(tmp_path):
+    import ppo_recurrent_tbb as ppo
+
+    made, closed = [], []
+
+    class Counted(Stranger):
+        def __init__(self, render_mode=None, obs_type="ram"):
+            super().__init__()
+            made.append(obs_type)
+
+        def state_dict(self):
+            raise AssertionError("its own matter")
+
+        def close(self):
+            closed.append(1)
+
+    gym.registry.pop("Counted-v0", None)
+    gym.register("Counted-v0", Counted, vector_entry_point=Unwanted)
+    run(tmp_path, ppo, env_id="Counted-v0", env_kwargs={"obs_type": "rgb"}, num_envs=1, num_minibatches=1)
+    gc.collect()
+    assert made == ["rgb"] and len(closed) == 1
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("told, found", [
+    (True, {"success": 1.0}), (0.5, {"success": 0.5}), ([True], {"success": 1.0}),
+    (np.array([0]), {"success": 0.0}), (None, {}), ("yes", {}), ([1, 0], {}), (np.nan, {})])
+def test_what_counts_as_success(told, found):
+    assert whether_success({"success": told}) == whether_success({"is_success": told}) == found
+
+
+@pytest.mark.quick
+def test_a_mask_that_nobody_applies_is_said_once(capsys):
+    import ppo_recurrent_tbb as ppo
+
+    say_that_masks_are_ignored.cache_clear()
+    for _ in range(2):
+        vector.make_envs(ppo.Args(env_id="Taxi-v4"), 2)
+    assert "".join(capsys.readouterr()).count("action_mask") == 1
+    say_that_masks_are_ignored.cache_clear()
+    masked = gym.spaces.Dict(x=gym.spaces.Discrete(9), action_mask=gym.spaces.MultiBinary(3))
+    gym.registry.pop("Masked-v0", None)
+    gym.register("Masked-v0", type("Masked", (Stranger,), {
+        "observation_space": masked, "observe": lambda self: {"x": 1, "action_mask": np.ones(3, np.int8)}}))
+    vector.make_envs(ppo.Args(env_id="Masked-v0"), 2)
+    assert "".join(capsys.readouterr()).count("action_mask") == 1

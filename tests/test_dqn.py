@@ -421,6 +421,7 @@ def test_episodes_longer_than_the_replay_are_named(script, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(tmp_path, script, env_id="CartPoleMasked-v0", env_kwargs={}, buffer_size=4 * 3)
     assert "raise --buffer-size" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()                  # nothing was learned
 
 
 @pytest.mark.parametrize("memory, low, high", [("lru", 0.9, 1.0), ("none", -0.7, -0.2)])

@@ -11,6 +11,7 @@ import torch
 import ppo_recurrent_tbb as ppo
 from models import files
 from models.flags import read_checkpoint
+from tests.conftest import OFF_POLICY
 from tests.helpers import column, run, wait_for, weights_of
 
 
@@ -116,3 +117,26 @@ def test_everybody_may_read_a_models_file(tmp_path):
 def test_an_empty_name_is_no_new_training(tmp_path, capsys, flag):
     assert f'{flag} "" does not exist' in refused(capsys, ppo.main, [flag, "", "--runs-dir", str(tmp_path)])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.quick
+def test_windows_has_no_sysconf(monkeypatch):
+    monkeypatch.delattr(os, "sysconf")
+    files.refuse_more_than_memory(2**80, "--buffer-size 1")
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("runs_dir", ["file", "/proc/nowhere"])
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch, capsys, runs_dir):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    assert f"--runs-dir {runs_dir}" in refused(capsys, ppo.main, ["--runs-dir", runs_dir])
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("script", OFF_POLICY, indirect=True)
+def test_a_run_shorter_than_log_every_has_a_row(script, tmp_path):
+    rows, folder = run(tmp_path, script, log_every=1_000, total_timesteps=250)
+    assert column(rows, "global_step") == [224]
+    rows, _ = run(tmp_path, script, resume=str(folder), log_every=1_000, total_timesteps=1_100)
+    assert column(rows, "global_step") == [224, 1024]

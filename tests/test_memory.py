@@ -140,3 +140,10 @@ def test_the_state_is_a_flat_tuple_and_none_is_refused(name, layers):
     if state:
         with pytest.raises((TypeError, AttributeError)):    # torch's own layers would take zeros
             memory(x, None, start)
+
+
+def test_no_tensor_of_a_state_is_another_one(name, layers):
+    """Exporters take what shares its memory for one input."""
+    memory = make(name, layers)[0]
+    pointers = [s.data_ptr() for s in memory.initial_state(3)]
+    assert len(pointers) == len(set(pointers))

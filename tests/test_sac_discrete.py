@@ -46,6 +46,12 @@ def test_acting_forgets_where_an_episode_starts_and_nowhere_else(tmp_path, monke
 # ---------------------------------------------------------------------- losses and gradients
 
 @pytest.mark.quick
+def test_episodes_longer_than_the_replay_are_named(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(tmp_path, script, env_id="CartPoleMasked-v0", env_kwargs={}, buffer_size=4 * 3)
+    assert "raise --buffer-size" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_soft_value_is_the_expectation():
     """Against the average over many sampled actions."""
     torch.manual_seed(0)

@@ -587,6 +587,7 @@ def test_episodes_longer_than_the_replay_are_named(script, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(tmp_path, script, **long, always_sample_from_initial_state=True, run_name="initial")
     assert "raise --buffer-size" in capsys.readouterr().err
+    assert not (tmp_path / "initial").exists()                  # nothing was learned
 
 
 # ---------------------------------------------------------------------- learning
