@@ -11,8 +11,9 @@ from tests.conftest import DISCRETE_OFF_POLICY, OFF_POLICY, PPO
 
 PLANTS = {}
 MULTIGPU = "ppo_recurrent_tbb_multigpu"
-AS_TBB = "test_distributed.py::test_one_process_is_ppo_recurrent_tbb"
+AS_TBB = "test_distributed.py::test_one_process_is_ppo_recurrent_tbb[False]"
 REPLAY_TEST = "test_what_enters_the_replay_is_what_happened"
+TD3_LOSSES = "test_td3s_losses_equal_their_definition[0-1-CountInput-v0-1.0-2.0]"
 TEST_FILES = {
     "dqn_recurrent_sbb": "test_dqn.py", "dqn_recurrent_tbb": "test_dqn.py", "sac_gru": "test_sac_td3.py",
     "td3_gru": "test_sac_td3.py", "sac_discrete_sbb": "test_sac_discrete.py"}
@@ -159,7 +160,7 @@ def gradient_through_burn_in(script):
 
 
 @plant("the target's action is not clamped", "faults C, td3_gru.py",
-       "test_sac_td3.py::test_td3s_losses_equal_their_definition")
+       f"test_sac_td3.py::{TD3_LOSSES}")
 def target_action_not_clamped():
     def planted(original, x, *bounds, **kwargs):
         in_loop = sys._getframe(2).f_globals["__name__"] == "td3_gru"
@@ -209,7 +210,7 @@ def time_limit_is_death_in_targets(script):
 @plant("a sequence's last step is treated as death", "PITFALL in train",
        lambda script: "test_sac_td3.py::" + {
            "sac_gru": "test_losses_equal_their_definition[0-1-1-1-CountInput-v0]",
-           "td3_gru": "test_td3s_losses_equal_their_definition"}[script],
+           "td3_gru": TD3_LOSSES}[script],
        ("sac_gru", "td3_gru"))
 def last_step_is_death(script):
     rewrite(script, "~batch.terminated[:-1] * values",
@@ -345,7 +346,7 @@ def phantom_transition_of_others():
 
 
 @plant("states are saved after the step", "KNOWN BUG in ppo_recurrent_sbb.py",
-       "test_ppo_recurrent_sbb.py::test_first_logratio_is_zero", ("ppo_recurrent_sbb",))
+       "test_ppo_recurrent_sbb.py::test_first_logratio_is_zero[gru-1-{}]", ("ppo_recurrent_sbb",))
 def state_saved_too_late(script):
     def planted(original, agent, obs, state, start, *mask):
         dist, value, after = original(agent, obs, state, start, *mask)
@@ -357,7 +358,7 @@ def state_saved_too_late(script):
 
 
 @plant("training starts from zeros", "PITFALL: segments or columns from initial_state()",
-       "test_{script}.py::test_first_logratio_is_zero", PPO)
+       "test_{script}.py::test_first_logratio_is_zero[gru-1-{}]", PPO)
 def training_from_zeros(script):
     def planted(original, agent, obs, state, start, *rest):
         if torch.is_grad_enabled():
@@ -367,14 +368,16 @@ def training_from_zeros(script):
 
 
 @plant("training starts from the newest state", "PITFALL: columns from the newest state",
-       lambda script: AS_TBB if script == MULTIGPU else f"test_{script}.py::test_first_logratio_is_zero",
+       lambda script: {
+           "ppo_recurrent_tbb": "test_ppo_recurrent_tbb.py::test_first_logratio_is_zero[gru-1-{}]",
+           MULTIGPU: AS_TBB}[script],
        ("ppo_recurrent_tbb", MULTIGPU))
 def training_from_the_newest_state(script):
     rewrite(script, "tuple(s[mb] for s in tape_state)", "tuple(s[mb] for s in state)")
 
 
 @plant("steps ordered (segment, time) are reshaped to (time, segment)", "KNOWN BUG in ppo_recurrent_sbb.py",
-       "test_ppo_recurrent_sbb.py::test_first_logratio_is_zero")
+       "test_ppo_recurrent_sbb.py::test_first_logratio_is_zero[gru-1-{}]")
 def reshape():
     def planted(original, padded, index, real):
         mask, = index
@@ -447,16 +450,17 @@ with_flag("acting wipes the state every 2 steps", "KNOWN BUG in train",
 with_flag("targets from o_1 on only", "PITFALL in train",
           lambda script: "test_sac_td3.py::" + {
               "sac_gru": "test_losses_equal_their_definition[0-1-1-1-Cue-v0]",
-              "td3_gru": "test_td3s_losses_equal_their_definition"}[script],
+              "td3_gru": TD3_LOSSES}[script],
           ("sac_gru", "td3_gru"), include_first_step_in_targets=False)
 with_flag("the log-probability is of step t, the value of t + 1", "KNOWN BUG in train",
-          "test_sac_td3.py::test_losses_equal_their_definition", ("sac_gru",), entropy_bonus_next_step=False)
+          "test_sac_td3.py::test_losses_equal_their_definition[0-1-1-1-CountInput-v0]", ("sac_gru",),
+          entropy_bonus_next_step=False)
 with_flag("all steps of a sequence but the last train not", "PITFALL: which steps train",
           "test_sac_td3.py::test_which_steps_train[{script}-False]", ("sac_gru", "td3_gru"),
           mask_non_terminal=True)
 with_flag("the policy's loss moves the critics", "PITFALL in train",
-          "test_sac_discrete.py::test_who_receives_a_gradient_of_which_loss", ("sac_discrete_sbb",),
-          freeze_critic=False)
+          "test_sac_discrete.py::test_who_receives_a_gradient_of_which_loss[shared-frozen-lstm]",
+          ("sac_discrete_sbb",), freeze_critic=False)
 
 
 @plant("padding counts as data", "KNOWN BUG in Replay.sample",
@@ -471,7 +475,8 @@ with_flag("a fixed temperature moves all the same", "KNOWN BUG in train",
 
 
 @plant("huber of the mean error, not the mean of huber", "KNOWN BUG in train",
-       "test_dqn.py::test_segments_as_long_as_episodes_equal_the_tape", ("dqn_recurrent_sbb",))
+       "test_dqn.py::test_segments_as_long_as_episodes_equal_the_tape[gru-popgym-MineSweeperEasy-v0]",
+       ("dqn_recurrent_sbb",))
 def huber_of_the_mean(script):
     def planted(q, targets, reduction):
         mean = (q - targets).abs().mean()

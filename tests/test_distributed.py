@@ -49,10 +49,11 @@ def rows_of(folder):
 
 
 @pytest.mark.quick
-def test_one_process_is_ppo_recurrent_tbb(tmp_path):
+@pytest.mark.parametrize("full_episodes", [True, False])
+def test_one_process_is_ppo_recurrent_tbb(tmp_path, full_episodes):
     changes = CARTPOLE | dict(
-        norm_reward=True, norm_obs=True, full_episodes=True, target_kl=2e-3, learning_rate=(1e-2, 1e-3),
-        ent_coef=(1e-3, 0.0), clip_coef=(0.2, 0.1))
+        norm_reward=True, norm_obs=True, full_episodes=full_episodes, target_kl=2e-3,
+        learning_rate=(1e-2, 1e-3), ent_coef=(1e-3, 0.0), clip_coef=(0.2, 0.1))
     rows, folder = run(tmp_path, ppo_recurrent_tbb, run_name="tbb", **changes)
     rows_of_one, folder_of_one = run(tmp_path, ppo, run_name="multigpu", **changes)
     assert comparable(rows_of_one) == comparable(rows)
