@@ -36,6 +36,9 @@ class LinearRecurrence(nn.Module):
     def forward(self, x, state, start):
         a, b = self.lift(x)                                 # [T, B, *state_shape]; a may lack T and B
         start = start.view(start.shape + (1,) * len(self.state_shape))
+        # PITFALL: the log-space scan of minGRU's paper (appendix B) cannot take this reset: log 0 = -inf, and
+        #   -inf - -inf = NaN. Symptom: NaN from the first reset on. Here: linear_scan takes no logarithm.
+        #   Test: test_scan.py::test_a_zero_resets_exactly.
         h = linear_scan(a.expand_as(b).masked_fill(start, 0), b, *state)
         return self.readout(h, x), (h[-1],)
 
@@ -46,8 +49,6 @@ class MinGRU(LinearRecurrence):
     A GRU whose gate sees the input only:
     h_t = (1 - z_t) h_{t-1} + z_t c_t      z = sigmoid(W_z x), c = W_c x
     lift a = 1 - z, b = z c      readout y = h
-    PITFALL: the paper's log-space scan (its appendix B) cannot take this reset: log 0 = -inf, and
-      -inf - -inf = NaN.
     """
 
     def __init__(self, size, span=SPAN):

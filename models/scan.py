@@ -74,10 +74,10 @@ def linear_scan(a, b, h):
     a, b [T, ...], h [...], real or complex -> [T, ...]
     The monoid: (a, b) . (a', b') = (a a', a' b + b'), identity (1, 0).
     Exact for a_t = 0: no division, no logarithm.
-    PITFALL: a reset by a_t = 0 multiplies, and 0 x NaN is NaN: one non-finite step spoils all later
-      episodes of its column. Symptom: the loss is NaN; scripts stop there and name the last checkpoint.
-      Test: test_scan.py::test_nan_crosses_a_zero.
     """
+    # PITFALL: a reset by a_t = 0 multiplies, and 0 x NaN is NaN: one non-finite step spoils all later
+    #   episodes of its column. Symptom: the loss is NaN. Here: scripts stop there and name the last
+    #   checkpoint. Test: test_scan.py::test_nan_crosses_a_zero.
     return torch.addcmul(b, a, h[None]) if len(b) == 1 else LinearScan.apply(a, b, h)
 
 

@@ -3,20 +3,27 @@
 python tests/plant.py [name ...]   all plants, or those whose name contains one of these words
 python tests/plant.py --list       names and what is planted
 
-Each plant has a process of its own: pytest loads this file as a plugin, which replaces functions of the
-program before the test is imported. Only the test named for the plant runs. A test that fails by itself is no
-catch: it first has to pass with nothing planted. The exit code is 1 if a bug survives.
+Each plant has a process of its own, a fork of this one, which has imported the program already: starting
+Python anew takes longer than most tests. The fork replaces functions of the program, and then pytest imports
+and runs the one test named for the plant. A test that fails by itself is no catch: it first has to pass with
+nothing planted. The exit code is 1 if a bug survives. Needs os.fork: Linux or macOS.
 """
+import gc
+import importlib
 import os
 import re
-import subprocess
 import sys
+import tempfile
 import time
+import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+import pytest  # noqa: E402
+
 from tests import plants_loop, plants_memories  # noqa: E402
+from tests.conftest import SCRIPTS  # noqa: E402
 
 
 def plants():
@@ -32,20 +39,39 @@ def run_snippet(code):
     exec(plants_memories.HEAD + code, {})
 
 
-def pytest_configure():
-    """Called by pytest in the process of a plant."""
-    if os.environ.get("PLANT"):
+def plant_from_environment():
+    """For processes that a test starts: what is planted in the test is planted in them."""
+    if os.environ["PLANT"]:
         plants()[os.environ["PLANT"]][3]()
 
 
 def run_test(test, plant=""):
     """pytest's exit code (0 passed, 1 failed, others: it could not run), its output, seconds."""
-    env = os.environ | {"PLANT": plant, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "tests.plant",
-               f"tests/{test}"]
     begin = time.time()
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    return done.returncode, done.stdout + done.stderr, time.time() - begin
+    with tempfile.TemporaryFile("w+") as output:
+        child = os.fork()
+        if child == 0:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+            os._exit(in_child(test, plant))
+        _, status = os.waitpid(child, 0)
+        output.seek(0)
+        return os.waitstatus_to_exitcode(status), output.read(), time.time() - begin
+
+
+def in_child(test, plant):
+    try:
+        os.chdir(ROOT)
+        os.environ |= {"PLANT": plant, "PYTHONPATH": str(ROOT)}
+        sys.argv = ["pytest"]
+        plant_from_environment()
+        code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", f"tests/{test}"]))
+    except BaseException:                                   # the parent's work is not to be done twice
+        traceback.print_exc()
+        code = int(pytest.ExitCode.INTERNAL_ERROR)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
 
 
 def main(words):
@@ -54,7 +80,10 @@ def main(words):
     if not chosen:
         print("no plant has such a name: see --list", file=sys.stderr)
         return 2
-    sound, survivors = {}, 0                                # sound: does it pass with nothing planted
+    for module in (*SCRIPTS, "hypothesis", "_hypothesis_pytestplugin", "xdist.plugin"):
+        importlib.import_module(module)                     # once here, not once in each fork
+    gc.freeze()                                             # forks do not look for garbage in it
+    sound, survivors, begin = {}, 0, time.time()            # sound: does it pass with nothing planted
     print("| name | planted | where | test | seconds |\n|---|---|---|---|---|", flush=True)
     for name, (what, where, test, _) in chosen.items():
         if test not in sound:
@@ -65,7 +94,8 @@ def main(words):
         why = "SURVIVES" if sound[test] and code == 0 else "COULD NOT RUN"
         verdict = test if caught else f"{why}: {test}"
         print(f"| {name} | {what} | {where} | {verdict} | {seconds:.1f} |", flush=True)
-    print(f"\n{len(chosen)} planted, {len(chosen) - survivors} caught")
+    minutes = (time.time() - begin) / 60
+    print(f"\n{len(chosen)} planted, {len(chosen) - survivors} caught, {minutes:.0f} minutes")
     return int(survivors > 0)
 
 

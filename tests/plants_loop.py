@@ -2,6 +2,7 @@
 import importlib
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,7 +10,10 @@ import torch
 from tests.conftest import DISCRETE_OFF_POLICY, OFF_POLICY, PPO
 
 PLANTS = {}
+MULTIGPU = "ppo_recurrent_tbb_multigpu"
+AS_TBB = "test_distributed.py::test_one_process_is_ppo_recurrent_tbb[False]"
 REPLAY_TEST = "test_what_enters_the_replay_is_what_happened"
+TD3_LOSSES = "test_td3s_losses_equal_their_definition[0-1-CountInput-v0-1.0-2.0]"
 TEST_FILES = {
     "dqn_recurrent_sbb": "test_dqn.py", "dqn_recurrent_tbb": "test_dqn.py", "sac_gru": "test_sac_td3.py",
     "td3_gru": "test_sac_td3.py", "sac_discrete_sbb": "test_sac_discrete.py"}
@@ -55,6 +59,14 @@ def change_steps(script, change):
 def other_torch(module, **functions):
     """The module sees another torch, in which these functions are replaced."""
     module.torch = types.SimpleNamespace(**vars(torch) | functions)
+
+
+def rewrite(script, old, new):
+    """The script with `old`, which its source holds once, replaced."""
+    source = Path(script.__file__).read_text()
+    if source.count(old) != 1:
+        raise ValueError(f"{script.__name__}.py holds this {source.count(old)} times: {old}")
+    exec(compile(source.replace(old, new), script.__file__, "exec"), vars(script))
 
 
 def no_starts(x, *args, **kwargs):
@@ -148,7 +160,7 @@ def gradient_through_burn_in(script):
 
 
 @plant("the target's action is not clamped", "faults C, td3_gru.py",
-       "test_sac_td3.py::test_td3s_losses_equal_their_definition")
+       f"test_sac_td3.py::{TD3_LOSSES}")
 def target_action_not_clamped():
     def planted(original, x, *bounds, **kwargs):
         in_loop = sys._getframe(2).f_globals["__name__"] == "td3_gru"
@@ -156,6 +168,13 @@ def target_action_not_clamped():
             return x
         return original(x, *bounds, **kwargs)
     wrap(torch.Tensor, "clamp", planted)
+
+
+@plant("the state after the step is stored", "faults C",
+       "test_dqn.py::test_stored_states_are_those_of_the_whole_episode[0-{script}-lstm]",
+       ("dqn_recurrent_sbb", "sac_discrete_sbb"))
+def stored_too_late(script):
+    rewrite(script, "terminated, before, ended", "terminated, state, ended")
 
 
 @plant("Key-to-Door keeps the key into the next episode", "faults C, envs/visual_match.py",
@@ -188,6 +207,23 @@ def time_limit_is_death_in_targets(script):
     wrap(script, "td_targets", planted)
 
 
+@plant("a sequence's last step is treated as death", "PITFALL in train",
+       lambda script: "test_sac_td3.py::" + {
+           "sac_gru": "test_losses_equal_their_definition[0-1-1-1-CountInput-v0]",
+           "td3_gru": TD3_LOSSES}[script],
+       ("sac_gru", "td3_gru"))
+def last_step_is_death(script):
+    rewrite(script, "~batch.terminated[:-1] * values",
+            "~(batch.terminated[:-1] | ~batch.real[1:]) * values")
+
+
+@plant("a segment's last step is treated as death", "PITFALL in train",
+       "test_sac_discrete.py::test_losses_equal_their_definition[separate-truncated]", ("sac_discrete_sbb",))
+def last_step_is_death_in_segments(script):
+    rewrite(script, "~batch.terminated * values",
+            "~(batch.terminated | ~batch.real.roll(-1, 0)) * values")
+
+
 @plant("None as hidden state: every call starts from zeros", "KNOWN BUG in models/rnn.py",
        "test_equations.py::test_a_memory_equals_its_equations[gru]")
 def none_as_hidden_state():
@@ -215,6 +251,49 @@ def no_chrono():
     for name, module in list(sys.modules.items()):
         if name.startswith("models.") and hasattr(module, "chrono"):
             module.chrono = lambda size, span: torch.zeros(size)
+
+
+@plant("a Gaussian in the task's own units", "PITFALL in models/heads.py",
+       "test_spaces.py::test_actions_in_the_environments_units")
+def own_units():
+    from models.heads import PolicyHead
+
+    def planted(original, self, in_size, space):
+        original(self, in_size, space)
+        self.scale, self.centre = 1.0, 0.0
+    wrap(PolicyHead, "__init__", planted)
+
+
+@plant("linear attention's 1 + elu(x) as it is written", "PITFALL in models/matrix_memories.py",
+       "test_models.py::test_low_keys_and_queries")
+def elu_as_written():
+    from models import matrix_memories
+    matrix_memories.positive = lambda x: 1 + torch.nn.functional.elu(x)
+
+
+@plant("a reset of the general scan is a factor", "PITFALL in models/scan.py",
+       "test_scan.py::test_nan_crosses_a_zero")
+def reset_is_a_factor():
+    from models import scan
+    other_torch(scan, where=lambda reset, new, old: reset * new + ~reset * old)
+
+
+@plant("a loss that is not finite goes unnoticed", "PITFALL in models/scan.py",
+       "test_scripts.py::test_a_loss_that_is_not_finite_is_named[ppo_recurrent_tbb]")
+def not_finite_goes_unnoticed():
+    from models.run_folder import Run
+    Run.stop_if_not_finite = lambda self, loss, global_step: None
+
+
+@plant("MiniGrid's image has bounds of 0 and 255", "PITFALL in envs/wrappers.py",
+       "test_spaces.py::test_minigrid_is_read_as_symbols")
+def symbols_as_picture():
+    from envs.wrappers import Symbols
+
+    def planted(original, self, env):
+        original(self, env)
+        self.observation_space["image"] = env.observation_space["image"]
+    wrap(Symbols, "__init__", planted)
 
 
 @plant("doors are coloured once per environment object", "DEVIATION in envs/visual_match.py",
@@ -256,8 +335,18 @@ def phantom_transition():
     wrap(BatchEnv, "step", planted)
 
 
+@plant("Gymnasium's own autoreset, in the next step", "PITFALL in envs/vector.py",
+       "test_envs.py::test_no_phantom_transition_in_other_peoples_tasks")
+def phantom_transition_of_others():
+    from gymnasium.vector import AutoresetMode
+
+    from envs import vector
+    vector.AutoresetMode = types.SimpleNamespace(
+        SAME_STEP=AutoresetMode.NEXT_STEP, DISABLED=AutoresetMode.DISABLED)
+
+
 @plant("states are saved after the step", "KNOWN BUG in ppo_recurrent_sbb.py",
-       "test_ppo_recurrent_sbb.py::test_first_logratio_is_zero", ("ppo_recurrent_sbb",))
+       "test_ppo_recurrent_sbb.py::test_first_logratio_is_zero[gru-1-{}]", ("ppo_recurrent_sbb",))
 def state_saved_too_late(script):
     def planted(original, agent, obs, state, start, *mask):
         dist, value, after = original(agent, obs, state, start, *mask)
@@ -269,7 +358,7 @@ def state_saved_too_late(script):
 
 
 @plant("training starts from zeros", "PITFALL: segments or columns from initial_state()",
-       "test_{script}.py::test_first_logratio_is_zero", PPO)
+       "test_{script}.py::test_first_logratio_is_zero[gru-1-{}]", PPO)
 def training_from_zeros(script):
     def planted(original, agent, obs, state, start, *rest):
         if torch.is_grad_enabled():
@@ -278,8 +367,17 @@ def training_from_zeros(script):
     wrap(script.Agent, "forward", planted)
 
 
+@plant("training starts from the newest state", "PITFALL: columns from the newest state",
+       lambda script: {
+           "ppo_recurrent_tbb": "test_ppo_recurrent_tbb.py::test_first_logratio_is_zero[gru-1-{}]",
+           MULTIGPU: AS_TBB}[script],
+       ("ppo_recurrent_tbb", MULTIGPU))
+def training_from_the_newest_state(script):
+    rewrite(script, "tuple(s[mb] for s in tape_state)", "tuple(s[mb] for s in state)")
+
+
 @plant("steps ordered (segment, time) are reshaped to (time, segment)", "KNOWN BUG in ppo_recurrent_sbb.py",
-       "test_ppo_recurrent_sbb.py::test_first_logratio_is_zero")
+       "test_ppo_recurrent_sbb.py::test_first_logratio_is_zero[gru-1-{}]")
 def reshape():
     def planted(original, padded, index, real):
         mask, = index
@@ -301,7 +399,8 @@ def newest_never_drawn(script):
 
 
 @plant("a segment starts from zeros", "PITFALL in dqn_recurrent_sbb.py",
-       "test_dqn.py::test_stored_states_are_those_of_the_whole_episode", ("dqn_recurrent_sbb",))
+       "test_dqn.py::test_stored_states_are_those_of_the_whole_episode[0-{script}-lstm]",
+       ("dqn_recurrent_sbb", "sac_discrete_sbb"))
 def segments_from_zeros(script):
     def planted(original, *args):
         batch = original(*args)
@@ -351,16 +450,17 @@ with_flag("acting wipes the state every 2 steps", "KNOWN BUG in train",
 with_flag("targets from o_1 on only", "PITFALL in train",
           lambda script: "test_sac_td3.py::" + {
               "sac_gru": "test_losses_equal_their_definition[0-1-1-1-Cue-v0]",
-              "td3_gru": "test_td3s_losses_equal_their_definition"}[script],
+              "td3_gru": TD3_LOSSES}[script],
           ("sac_gru", "td3_gru"), include_first_step_in_targets=False)
 with_flag("the log-probability is of step t, the value of t + 1", "KNOWN BUG in train",
-          "test_sac_td3.py::test_losses_equal_their_definition", ("sac_gru",), entropy_bonus_next_step=False)
+          "test_sac_td3.py::test_losses_equal_their_definition[0-1-1-1-CountInput-v0]", ("sac_gru",),
+          entropy_bonus_next_step=False)
 with_flag("all steps of a sequence but the last train not", "PITFALL: which steps train",
           "test_sac_td3.py::test_which_steps_train[{script}-False]", ("sac_gru", "td3_gru"),
           mask_non_terminal=True)
 with_flag("the policy's loss moves the critics", "PITFALL in train",
-          "test_sac_discrete.py::test_who_receives_a_gradient_of_which_loss", ("sac_discrete_sbb",),
-          freeze_critic=False)
+          "test_sac_discrete.py::test_who_receives_a_gradient_of_which_loss[shared-frozen-lstm]",
+          ("sac_discrete_sbb",), freeze_critic=False)
 
 
 @plant("padding counts as data", "KNOWN BUG in Replay.sample",
@@ -375,9 +475,90 @@ with_flag("a fixed temperature moves all the same", "KNOWN BUG in train",
 
 
 @plant("huber of the mean error, not the mean of huber", "KNOWN BUG in train",
-       "test_dqn.py::test_segments_as_long_as_episodes_equal_the_tape", ("dqn_recurrent_sbb",))
+       "test_dqn.py::test_segments_as_long_as_episodes_equal_the_tape[gru-popgym-MineSweeperEasy-v0]",
+       ("dqn_recurrent_sbb",))
 def huber_of_the_mean(script):
     def planted(q, targets, reduction):
         mean = (q - targets).abs().mean()
         return torch.nn.functional.smooth_l1_loss(mean, torch.zeros_like(mean)).expand_as(q)
     script.F = types.SimpleNamespace(**vars(script.F) | {"smooth_l1_loss": planted})
+
+
+@plant("the entropy term counts padding", "KNOWN BUG in train",
+       "test_sac_td3.py::test_losses_equal_their_definition[1-1-CountInput-v0]", ("sac_gru",))
+def entropy_counts_padding(script):
+    rewrite(script, "(alpha.detach() * logprobs[:-1] - q)[trained].mean()",
+            "(alpha.detach() * logprobs[:-1]).mean() - q[trained].mean()")
+
+
+@plant("the temperature counts padding", "KNOWN BUG in train",
+       "test_sac_td3.py::test_losses_equal_their_definition[1-1-CountInput-v0]", ("sac_gru",))
+def temperature_counts_padding(script):
+    rewrite(script, "entropy = -logprobs[:-1][trained].mean()", "entropy = -logprobs[:-1].mean()")
+
+
+@plant("the policy's loss counts padding", "KNOWN BUG: the mask left out",
+       "test_sac_discrete.py::test_losses_equal_their_definition[separate-truncated]", ("sac_discrete_sbb",))
+def policy_counts_padding(script):
+    rewrite(script, "soft_value(policy, q, alpha.detach())[real].mean()",
+            "soft_value(policy, q, alpha.detach()).mean()")
+
+
+@plant("the temperature counts padding", "KNOWN BUG: the mask left out",
+       "test_sac_discrete.py::test_losses_equal_their_definition[separate-truncated]", ("sac_discrete_sbb",))
+def entropy_without_mask(script):
+    rewrite(script, "entropy = policy.entropy()[real].mean()", "entropy = policy.entropy().mean()")
+
+
+@plant("target critics read the online memory", "DEVIATION: the target is whole",
+       "test_sac_discrete.py::test_losses_equal_their_definition[shared-frozen-truncated]",
+       ("sac_discrete_sbb",))
+def target_reads_the_online_memory(script):
+    rewrite(script, "= target(batch.obs, target_state_0", "= mixed(agent, target)(batch.obs, target_state_0")
+
+    def mixed(agent, target):
+        mixture = script.copy.deepcopy(target)
+        mixture.memory.load_state_dict(agent.memory.state_dict())
+        return mixture
+    script.mixed = mixed
+
+
+# ---------------------------------------------------------------------- several processes
+
+TWO_EQUAL_ONE = "test_distributed.py::test_two_processes_equal_one"
+
+
+def of_processes(name, what, old, new, test=TWO_EQUAL_ONE):
+    """A line of the script for several processes is another one."""
+    plant(what, "the script's docstring", test, (MULTIGPU,))(lambda script: rewrite(script, old, new))
+    PLANTS[f"processes-{name}"] = PLANTS.pop(f"<lambda>-{MULTIGPU}")
+
+
+of_processes("gradients-not-averaged", "every process steps along its own gradient",
+             "average_gradients(parameters)\n                grad_norm", "grad_norm")
+of_processes("gradients-summed", "gradients are summed, not averaged", "flat / WORLD_SIZE", "flat")
+of_processes("advantages-apart", "every process normalises its own advantages",
+             "of_all = gather(mb_advantages)", "of_all = mb_advantages")
+of_processes("returns-apart", "every process scales rewards by its own returns",
+             "update(gather(discounted_returns))", "update(discounted_returns)")
+of_processes("observations-apart", "every process normalises its own observations",
+             "tuple(gather(o).flatten(0, 1) for o in obs)", "tuple(o.flatten(0, 1) for o in obs)")
+of_processes("kl-of-the-first", "--target-kl looks at the first process only",
+             "gather(approx_kl.view(1, 1)).mean()", "gather(approx_kl.view(1, 1))[0, 0]")
+of_processes("environments-alike", "all processes seed their environments alike",
+             "args.seed + RANK * N", "args.seed")
+of_processes("actions-alike", "all processes draw the same actions",
+             "if RANK > 0:", "if False:",
+             "test_distributed.py::test_processes_play_different_episodes_and_a_resume_begins_new_ones")
+of_processes("weights-differ", "processes begin with weights of their own",
+             "torch.manual_seed(args.seed)\n", "torch.manual_seed(args.seed + RANK)\n")
+of_processes("losses-of-the-first", "the log has the losses of the first process",
+             "mean(0)[:, None]).mean(1)", "mean(0)[:, None])[:, 0]")
+of_processes("episodes-of-the-first", "the log has the episodes of the first process",
+             "gather(episodes).nanmean", "episodes.nanmean")
+of_processes("explained-variance-of-the-first", "the log has the explained variance of the first process",
+             "gather(advantages).var() / gather(returns).var()", "advantages.var() / returns.var()")
+of_processes("entropy-sign", "the sign of the entropy bonus is turned",
+             "- ent_coef *", "+ ent_coef *", AS_TBB)
+of_processes("schedule", "the learning rate stays at its first value",
+             "polynomial(args.learning_rate, global_step,", "polynomial(args.learning_rate, 0,", AS_TBB)

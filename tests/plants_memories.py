@@ -348,6 +348,11 @@ Block.rotate = rotate
     ("gpt-rotation-speeds", "all pairs turn at one speed", after_init("GPT", "self.speed.fill_(1)")),
     ("gpt-rotation-base", "a base of 1,000 instead of 10,000", after_init("GPT", "self.speed.pow_(0.75)")),
     (
+        "gpt-rotation-speeds-of-the-paper",
+        "10,000^(-2i / head_size), which never reaches 1/10,000",
+        after_init("GPT", "self.speed.copy_(10_000 ** (-torch.arange(len(self.speed)) / len(self.speed)))"),
+    ),
+    (
         "gpt-values-rotated",
         "values turn as keys do",
         """
@@ -431,6 +436,16 @@ def lift(self, x):
     c, z = self.maps(x).chunk(2, dim=-1)
     return 1 - z.sigmoid(), z.sigmoid() * c
 MinGRU.lift = lift
+""",
+    ),
+    (
+        "mingru-log-space-scan",
+        "the paper's scan, in which a reset is log 0",
+        """
+def log_space(a, b, h):
+    log_a = a.log().cumsum(0)
+    return log_a.exp() * h + (log_a + torch.logcumsumexp((b.to(torch.complex128).log() - log_a), 0)).exp().real
+linear_recurrences.linear_scan = log_space
 """,
     ),
     (
@@ -996,6 +1011,7 @@ TESTS = {
     "gpt-rotation-of-queries-one-late": "test_equations.py::test_a_memory_equals_its_equations[gpt]",
     "gpt-rotation-of-other-pairs": "test_equations.py::test_a_memory_equals_its_equations[gpt]",
     "gpt-rotation-speeds": "test_equations.py::test_a_memory_equals_its_equations[gpt]",
+    "gpt-rotation-speeds-of-the-paper": "test_equations.py::test_a_memory_equals_its_equations[gpt]",
     "gpt-rotation-base": "test_equations.py::test_a_memory_equals_its_equations[gpt]",
     "gpt-values-rotated": "test_equations.py::test_a_memory_equals_its_equations[gpt]",
     "gpt-scores-not-scaled": "test_equations.py::test_a_memory_equals_its_equations[gpt]",
@@ -1012,6 +1028,7 @@ TESTS = {
     "gpt-age-not-reset": "test_equations.py::test_a_memory_equals_its_equations[gpt]",
     "mingru-gates-swapped": "test_equations.py::test_a_memory_equals_its_equations[mingru]",
     "mingru-maps-swapped": "test_equations.py::test_a_memory_equals_its_equations[mingru]",
+    "mingru-log-space-scan": "test_equations.py::test_a_memory_equals_its_equations[mingru]",
     "mingru-input-not-gated": "test_equations.py::test_a_memory_equals_its_equations[mingru]",
     "mingru-candidate-squashed": "test_equations.py::test_a_memory_equals_its_equations[mingru]",
     "minlstm-gates-swapped": "test_equations.py::test_a_memory_equals_its_equations[minlstm]",

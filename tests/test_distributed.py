@@ -44,8 +44,11 @@ def rows_of(folder):
 
 
 @pytest.mark.quick
-def test_one_process_is_ppo_recurrent_tbb(tmp_path):
-    changes = CARTPOLE | dict(norm_reward=True, norm_obs=True, full_episodes=True, target_kl=2e-3)
+@pytest.mark.parametrize("full_episodes", [True, False])
+def test_one_process_is_ppo_recurrent_tbb(tmp_path, full_episodes):
+    changes = CARTPOLE | dict(
+        norm_reward=True, norm_obs=True, full_episodes=full_episodes, target_kl=2e-3,
+        learning_rate=(1e-2, 1e-3), ent_coef=(1e-3, 0.0), clip_coef=(0.2, 0.1))
     rows, folder = run(tmp_path, ppo_recurrent_tbb, run_name="tbb", **changes)
     rows_of_one, folder_of_one = run(tmp_path, ppo, run_name="multigpu", **changes)
     assert comparable(rows_of_one) == comparable(rows)
@@ -58,7 +61,7 @@ def test_two_processes_equal_one(tmp_path, torchrun, monkeypatch):
     Gradients and their norm, advantages, statistics of rewards and observations, --target-kl's stop, the log.
     """
     changes = CARTPOLE | dict(
-        norm_reward=True, norm_obs=True, update_epochs=4, target_kl=2e-3, total_timesteps=4 * 32 * 6)
+        norm_reward=True, norm_obs=True, update_epochs=6, target_kl=3.6e-3, total_timesteps=4 * 32 * 6)
     process = torchrun("coin", **changes)
     planted_multigpu.coin(monkeypatch.setattr)
     one, folder = run(tmp_path, ppo, run_name="one", **changes)
@@ -67,7 +70,7 @@ def test_two_processes_equal_one(tmp_path, torchrun, monkeypatch):
     torch.testing.assert_close(weights_of(tmp_path / "two"), weights_of(folder), rtol=1e-5, atol=1e-5)
     optimizers = [read_checkpoint(tmp_path / name)["optimizer"]["state"] for name in ("one", "two")]
     steps = [int(state[0]["step"]) for state in optimizers]
-    assert steps[0] == steps[1] and 6 < steps[0] < 6 * 4    # --target-kl stopped some updates
+    assert steps[0] == steps[1] and 6 < steps[0] < 6 * 6    # --target-kl stopped some updates
     for row, row_of_two in zip(comparable(one), comparable(rows_of(tmp_path / "two")), strict=True):
         del row["debug/first_logratio"], row_of_two["debug/first_logratio"]     # rounding itself
         measured = {tag: float(value) for tag, value in row.items() if value}
@@ -90,7 +93,8 @@ def test_processes_play_different_episodes_and_a_resume_begins_new_ones(tmp_path
     rollouts = [torch.load(path) for path in sorted(tmp_path.glob("*.pt"))]
     assert [actions.shape for actions in rollouts] == [(32, 2)] * 4
     for i, actions in enumerate(rollouts):
-        assert not any(torch.equal(actions, other) for other in rollouts[:i])
+        for other in rollouts[:i]:                          # one random stream: 99 % are the same
+            assert (actions == other).float().mean() < 0.8
     rows, _ = run(tmp_path, ppo, resume=str(tmp_path / "two"))                  # one process continues
     assert column(rows, "global_step") == [128, 256, 384]
     assert max(column(rows, "debug/first_logratio")) < 1e-5

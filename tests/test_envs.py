@@ -3,6 +3,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -14,6 +15,7 @@ from minigrid.envs import MemoryEnv
 from minigrid.wrappers import RGBImgPartialObsWrapper
 
 from envs.memory_gym import TASKS as MEMORY_GYM
+from envs.vector import make_envs
 from envs.wrappers import PreviousActionReward, ResetOptions
 
 OURS = [
@@ -121,6 +123,18 @@ def test_no_phantom_transition(env_id):
     assert ends == list(range(7, 71, 7))
     with pytest.raises(ValueError, match="autoreset_mode"):
         gym.make_vec(env_id, 2, autoreset_mode="NextStep")
+
+
+@pytest.mark.quick
+def test_no_phantom_transition_in_other_peoples_tasks():
+    """What make_envs trains on: an episode's last step is followed by the next one's first."""
+    args = SimpleNamespace(env_id="CartPole-v1", env_kwargs={"max_episode_steps": 3}, reset_options={},
+                           seed=1, prev_action=False, prev_reward=False)
+    envs = make_envs(args, 2)
+    envs.reset(seed=0)
+    steps = [envs.step(np.array([t % 2, t % 2])) for t in range(12)]
+    assert [t for t, step in enumerate(steps) if step[3].all()] == [2, 5, 8, 11]
+    assert all((step[1] == 1).all() for step in steps)      # a step that does nothing pays nothing
 
 
 @pytest.mark.quick

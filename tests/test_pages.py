@@ -11,6 +11,8 @@ sys.path.insert(0, str(ROOT / "benchmark"))
 import pages  # noqa: E402
 from run import entries  # noqa: E402
 
+from tests.plant import plants  # noqa: E402
+
 pytestmark = pytest.mark.quick
 TEXTS = {page.name: page.read_text() for page in pages.PAGES}
 
@@ -38,6 +40,12 @@ def test_what_works_was_solved_by_more_than_half_of_the_seeds():
     for line in pages.works().splitlines()[2:]:
         solved, seeds = re.search(r"(\d+) of (\d+)", line).groups()
         assert int(solved) > int(seeds) / 2, line
+
+
+def test_the_page_of_known_bugs_says_how_many_are_planted():
+    """Whoever adds one plants it, and writes down that it was caught: the number is by hand."""
+    said, = re.findall(r"all (\d+) were caught", TEXTS["known-bugs.md"].replace("\n", " "))
+    assert int(said) == len(plants()), "run python tests/plant.py"
 
 
 def test_a_marker_that_names_nothing_is_refused_by_name(capsys):
