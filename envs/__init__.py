@@ -14,6 +14,8 @@ import popgym  # noqa: E402, F401  (registers popgym-*)
 
 from envs import memory_gym  # noqa: E402
 
+memory_gym.register()                                       # before ours, some of which take over a name
+
 for env_id, module, name in [
     ("PocMemory-v0", "poc_memory", "PocMemory"),
     ("CartPoleMasked-v0", "cartpole_masked", "CartPoleMasked"),
@@ -27,7 +29,7 @@ for env_id, module, name in [
     ("PendulumMasked-v1", "pendulum", "PendulumMasked"),
     ("PendulumSignFlip-v1", "pendulum", "PendulumSignFlip"),
     ("TwoFlags-v0", "two_flags", "TwoFlags"),
+    ("MortarMayhem-Grid-v0", "mortar_mayhem", "MortarMayhemGrid"),
+    ("MortarMayhemB-Grid-v0", "mortar_mayhem", "MortarMayhemBGrid"),
 ]:
     gym.register(env_id, f"envs.{module}:{name}", vector_entry_point=f"envs.{module}:{name}Batch")
-
-memory_gym.register()
