@@ -201,14 +201,18 @@ class MortarMayhemGridBatch(BatchEnv):
             command = POSSIBLE[cell, which]
             self.commands[rows, k] = command
             cell = AFTER[cell, command]
-        self.target[rows] = AFTER[self.agent[rows], self.commands[rows, 0]]
         self.draw_times(rows)
         self.explosion_duration[rows] = self.draw("explosion_duration", n)
         self.explosion_delay[rows] = self.draw("explosion_delay", n)
+        self.derive(rows)
 
     def draw_times(self, rows):
         self.show_steps[rows] = self.draw("command_show_duration", len(rows))
         self.show_every[rows] = self.show_steps[rows] + self.draw("command_show_delay", len(rows))
+
+    def derive(self, rows):
+        """What follows from what was drawn."""
+        self.target[rows] = AFTER[self.agent[rows], self.commands[rows, 0]]
 
     def draw(self, name, n):
         values = np.array(self.options[name])
@@ -297,8 +301,8 @@ class MortarMayhemBGridBatch(MortarMayhemGridBatch):
         vector = gym.spaces.Box(0, 1, (9 * self.max_commands,), np.float32)
         return gym.spaces.Dict({"visual_observation": seen, "vector_observation": vector})
 
-    def begin(self, rows):
-        super().begin(rows)
+    def derive(self, rows):
+        super().derive(rows)
         is_given = np.arange(self.max_commands) < self.count[rows, None]        # [n, 20]
         self.vector[rows] = ONE_HOT[self.commands[rows, :self.max_commands]] * is_given[..., None]
 
