@@ -1,7 +1,8 @@
 """The tasks. `import envs` registers them, so gym.make and gym.make_vec know them.
 
 Our own tasks are written once, as a batch (envs/batch.py): make_vec gives the batch, make a batch of
-one. The tasks of POPGym, MiniGrid and Memory Gym keep their own names. No algorithm code lives here.
+one. The tasks of POPGym, MiniGrid and Memory Gym keep their own names; where we have one of Memory Gym's
+ourselves, its own is memory_gym/<name>. No algorithm code lives here.
 """
 import os
 

@@ -87,7 +87,7 @@ def draw_pictures(arena_sizes, env_id):
     screen = pygame.Surface((SCREEN, SCREEN))
     first, pictures = np.full(len(CELLS), -1), []
 
-    def draw(arena, agent, rotation, command=None):
+    def add_picture(arena, agent, rotation, command=None):
         screen.fill(0)
         screen.blit(arena.surface, arena.rect)
         screen.blit(*agent.get_rotated_sprite(90 * rotation))
@@ -110,12 +110,12 @@ def draw_pictures(arena_sizes, env_id):
             first[NUMBER[size, x, y]] = len(pictures)
             agent = controller(SCALE, (x, y), calm.to_grid())
             for rotation in range(4):
-                draw(calm, agent, rotation)
+                add_picture(calm, agent, rotation)
             for command in commands:
-                draw(calm, agent, 0, command)
+                add_picture(calm, agent, 0, command)
             for arena in exploding:
                 for rotation in range(4):
-                    draw(arena, agent, rotation)
+                    add_picture(arena, agent, rotation)
     return np.stack(pictures), first
 
 
@@ -133,7 +133,7 @@ class MortarMayhemGridBatch(BatchEnv):
         if not self.arena_sizes or any(size not in SIZES for size in self.arena_sizes):
             raise ValueError(f"arena_sizes must be some of 2, 3, 4, 5, 6, not {arena_sizes}")
         self.reset_options = {**self.reset_options, "arena_size": self.arena_sizes[0]}
-        self.tables = draw_pictures(self.arena_sizes, self.env_id)
+        self.tables = draw_pictures(self.arena_sizes, self.env_id)              # a tuple: constants
         seen = Views(self.tables[0])
         space = self.space_with(seen if views else seen.picture_space)
         super().__init__(space, gym.spaces.Discrete(4), num_envs, **kwargs)
@@ -170,14 +170,14 @@ class MortarMayhemGridBatch(BatchEnv):
                              f"{list(self.arena_sizes)}, not {options['arena_size']}")
         if options["allowed_commands"] not in range(4, 10):
             raise ValueError(f"allowed_commands must be 4 to 9, not {options['allowed_commands']}")
-        at_most = {"command_count": self.max_commands}
-        for name, default in self.reset_options.items():
-            if isinstance(default, list):
-                low, high, values = int("show" not in name), at_most.get(name, np.inf), options[name]
-                if not isinstance(values, (list, tuple)) or not values or not all(
-                        isinstance(value, int) and low <= value <= high for value in values):
-                    most = f" to {high}" if name in at_most else " or more"
-                    raise ValueError(f"{name} must be a list of whole numbers of {low}{most}, not {values}")
+        for name in (name for name, default in self.reset_options.items() if isinstance(default, list)):
+            least = 0 if name.startswith("command_show") else 1
+            most = self.max_commands if name == "command_count" else np.inf
+            values = options[name]
+            is_list = isinstance(values, (list, tuple)) and len(values) > 0
+            if not is_list or any(not isinstance(x, int) or not least <= x <= most for x in values):
+                raise ValueError(
+                    f"{name} must be a list of whole numbers from {least} to {most}, not {values}")
         if 0 == min(options.get("command_show_duration", [1])) == min(options.get("command_show_delay", [1])):
             raise ValueError("command_show_duration and command_show_delay must not both be 0")
 
