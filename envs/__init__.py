@@ -1,7 +1,8 @@
 """The tasks. `import envs` registers them, so gym.make and gym.make_vec know them.
 
 Our own tasks are written once, as a batch (envs/batch.py): make_vec gives the batch, make a batch of
-one. The tasks of POPGym, MiniGrid and Memory Gym keep their own names. No algorithm code lives here.
+one. The tasks of POPGym, MiniGrid and Memory Gym keep their own names; where we have one of Memory Gym's
+ourselves, its own is memory_gym/<name>. No algorithm code lives here.
 """
 import os
 
@@ -13,6 +14,8 @@ import minigrid  # noqa: E402, F401  (registers MiniGrid-*)
 import popgym  # noqa: E402, F401  (registers popgym-*)
 
 from envs import memory_gym  # noqa: E402
+
+memory_gym.register()                                       # before ours, some of which take over a name
 
 for env_id, module, name in [
     ("PocMemory-v0", "poc_memory", "PocMemory"),
@@ -27,7 +30,7 @@ for env_id, module, name in [
     ("PendulumMasked-v1", "pendulum", "PendulumMasked"),
     ("PendulumSignFlip-v1", "pendulum", "PendulumSignFlip"),
     ("TwoFlags-v0", "two_flags", "TwoFlags"),
+    ("MortarMayhem-Grid-v0", "mortar_mayhem", "MortarMayhemGrid"),
+    ("MortarMayhemB-Grid-v0", "mortar_mayhem", "MortarMayhemBGrid"),
 ]:
     gym.register(env_id, f"envs.{module}:{name}", vector_entry_point=f"envs.{module}:{name}Batch")
-
-memory_gym.register()

@@ -14,6 +14,15 @@ def check_whole(**arguments):
             raise ValueError(f"{name} must be a whole number of 1 or more, not {value}")
 
 
+def row(obs, n):
+    """What environment n observes."""
+    if isinstance(obs, dict):
+        return {name: row(part, n) for name, part in obs.items()}
+    if isinstance(obs, tuple):
+        return tuple(row(part, n) for part in obs)
+    return obs[n]
+
+
 class BatchEnv(gym.vector.VectorEnv):
     """N environments that step together: row n of every array belongs to environment n.
 
@@ -22,14 +31,14 @@ class BatchEnv(gym.vector.VectorEnv):
         begin(rows)     draw new episodes for these rows (integer array), from self.np_random only
         move(actions)   advance every row; returns reward [N] float, terminated [N] and truncated [N]
                         bool, and success [N], or None if the task does not define it
-        observe()       the observations, a new array [N, ...]; it changes nothing, it may be called twice
+        observe()       the observations, a new array [N, ...], or of a Dict or Tuple a dict or tuple of
+                        these; it changes nothing, it may be called twice
         text(n)         what to print of row n       (render_mode "ansi")
         picture(n)      row n, [H, W, 3] uint8       (render_mode "rgb_array")
         facts()         what else the info of an episode's last step says, {name: array [N]}; may be left out
 
     Whatever changes in an episode lives in numpy arrays [N, ...], made in __init__ with their final
-    dtype: these attributes are what a resume restores. Constants are no array attributes. Observations
-    are one array: for a Dict or Tuple write a gymnasium.Env.
+    dtype: these attributes are what a resume restores. Constants are no array attributes.
 
     `success` is reported in the info of an episode's last step; rows that go on are not looked at.
 
@@ -55,8 +64,6 @@ class BatchEnv(gym.vector.VectorEnv):
             #   reward 0) between two episodes. Symptom: one step more per episode than the task has,
             #   and an agent that learns from it. Test: test_envs.py::test_no_phantom_transition.
             raise ValueError("autoreset_mode must be SameStep or Disabled")
-        if isinstance(observation_space, (gym.spaces.Dict, gym.spaces.Tuple)):
-            raise ValueError("a batch observes one array; for a Dict or Tuple write a gymnasium.Env")
         self.metadata = SingleEnv.metadata | {"autoreset_mode": mode}
         self.num_envs, self.render_mode = num_envs, render_mode
         self.single_observation_space, self.single_action_space = observation_space, action_space
@@ -88,7 +95,7 @@ class BatchEnv(gym.vector.VectorEnv):
             if self.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP:
                 final_obs = np.full(self.num_envs, None, dtype=object)
                 for i in np.flatnonzero(done):
-                    final_obs[i] = obs[i]
+                    final_obs[i] = row(obs, i)
                 infos = {"final_obs": final_obs, "_final_obs": done,
                          "final_info": infos, "_final_info": done}
                 self.begin(np.flatnonzero(done))
@@ -135,12 +142,12 @@ class SingleEnv(gym.Env):
         super().reset(seed=seed)
         self.batch.np_random = self.np_random
         obs, info = self.batch.reset(options=options)
-        return obs[0], info
+        return row(obs, 0), info
 
     def step(self, action):
         obs, reward, terminated, truncated, infos = self.batch.step([action])
         info = {name: fact[0].item() for name, fact in infos.items() if not name.startswith("_")}
-        return obs[0], float(reward[0]), bool(terminated[0]), bool(truncated[0]), info
+        return row(obs, 0), float(reward[0]), bool(terminated[0]), bool(truncated[0]), info
 
     def render(self):
         return self.batch.render()[0]

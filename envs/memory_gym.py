@@ -1,5 +1,6 @@
 """Memory Gym's tasks under their own names (https://github.com/MarcoMeter/endless-memory-gym).
 
+Where we have the task ourselves, for the batch, the name is that of ours, and theirs is memory_gym/<name>.
 They run without window and sound, their observations are copies, and errors are clear sentences.
 The package is imported when one of its tasks is made, not before.
 """
@@ -13,9 +14,9 @@ TASKS = {
     "Endless-SearingSpotlights-v0": "endless_searing_spotlights:EndlessSearingSpotlightsEnv",
     "MortarMayhem-v0": "mortar_mayhem:MortarMayhemEnv",
     "Endless-MortarMayhem-v0": "endless_mortar_mayhem:EndlessMortarMayhemEnv",
-    "MortarMayhem-Grid-v0": "mortar_mayhem_grid:GridMortarMayhemEnv",
+    "memory_gym/MortarMayhem-Grid-v0": "mortar_mayhem_grid:GridMortarMayhemEnv",
     "MortarMayhemB-v0": "mortar_mayhem_b:MortarMayhemTaskBEnv",
-    "MortarMayhemB-Grid-v0": "mortar_mayhem_b_grid:GridMortarMayhemTaskBEnv",
+    "memory_gym/MortarMayhemB-Grid-v0": "mortar_mayhem_b_grid:GridMortarMayhemTaskBEnv",
     "MysteryPath-v0": "mystery_path:MysteryPathEnv",
     "Endless-MysteryPath-v0": "endless_mystery_path:EndlessMysteryPathEnv",
     "MysteryPath-Grid-v0": "mystery_path_grid:GridMysteryPathEnv",
@@ -23,15 +24,28 @@ TASKS = {
 
 
 def register():
-    unregister()
+    forget_theirs()
     for env_id in TASKS:
         kwargs = {"task": env_id}
         gym.register(env_id, "envs.memory_gym:make", kwargs=kwargs, disable_env_checker=True)
 
 
-def unregister():
+def forget_theirs():
     for env_id in TASKS:
-        gym.registry.pop(env_id, None)
+        gym.registry.pop(env_id.removeprefix("memory_gym/"), None)
+
+
+def load(module, task):
+    """This module of memory_gym. To import it registers its names anew: here they keep their meaning."""
+    registered = dict(gym.registry)
+    forget_theirs()                                         # else Gymnasium warns of each
+    try:
+        return importlib.import_module(f"memory_gym.{module}")
+    except ModuleNotFoundError as e:
+        raise gym.error.DependencyNotInstalled(
+            f"{task} needs Memory Gym: pip install --no-deps memory-gym==1.0.2") from e
+    finally:
+        gym.registry.update(registered)
 
 
 def make(task, render_mode=None):
@@ -45,14 +59,7 @@ def make(task, render_mode=None):
         del os.environ["SDL_VIDEODRIVER"]
         pygame.display.quit()
     module, name = TASKS[task].split(":")
-    unregister()                                            # memory_gym registers the same names
-    try:
-        env_class = getattr(importlib.import_module(f"memory_gym.{module}"), name)
-    except ModuleNotFoundError as e:
-        raise gym.error.DependencyNotInstalled(
-            f"{task} needs Memory Gym: pip install --no-deps memory-gym==1.0.2") from e
-    finally:
-        register()
+    env_class = getattr(load(module, task), name)
     return MemoryGym(env_class(render_mode=render_mode))
 
 

@@ -1,5 +1,6 @@
 """What tests of several files need: one thread, the scripts by family, a script started as a user does."""
 import importlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -16,6 +17,9 @@ DISCRETE_OFF_POLICY = *DQN, "sac_discrete_sbb"
 CONTINUOUS = "sac_gru", "td3_gru"
 OFF_POLICY = *DISCRETE_OFF_POLICY, *CONTINUOUS
 SCRIPTS = *PPO, *OFF_POLICY
+needs_memory_gym = pytest.mark.skipif(                      # not importorskip: that import takes our names
+    importlib.util.find_spec("memory_gym") is None,
+    reason="Memory Gym is missing: pip install --no-deps memory-gym==1.0.2")
 
 
 @pytest.fixture(params=SCRIPTS)

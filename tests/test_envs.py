@@ -1,5 +1,4 @@
 """The tasks: dynamics against their sources, batch = singles, seeding, autoreset, rendering, wrappers."""
-import importlib.util
 import os
 import subprocess
 import sys
@@ -14,9 +13,12 @@ from gymnasium.vector import AutoresetMode
 from minigrid.envs import MemoryEnv
 from minigrid.wrappers import RGBImgPartialObsWrapper
 
+from envs.batch import BatchEnv, SingleEnv
 from envs.memory_gym import TASKS as MEMORY_GYM
 from envs.vector import make_envs
 from envs.wrappers import PreviousActionReward, ResetOptions
+from models.encoder import leaves
+from tests.conftest import needs_memory_gym
 
 OURS = [
     ("PocMemory-v0", {}),
@@ -38,7 +40,13 @@ OURS = [
     ("PendulumSignFlip-v1", {"max_steps": 60}),
     ("TwoFlags-v0", {"max_steps": 50}),
 ]
-ours = pytest.mark.parametrize("env_id, kwargs", OURS)
+MORTAR_MAYHEM = [
+    ("MortarMayhem-Grid-v0", {}),
+    ("MortarMayhemB-Grid-v0", {}),
+    ("MortarMayhemB-Grid-v0", {"views": False, "arena_sizes": [2, 3]}),
+]
+ours = pytest.mark.parametrize(
+    "env_id, kwargs", [*OURS, *(pytest.param(*task, marks=needs_memory_gym) for task in MORTAR_MAYHEM)])
 
 
 def draw(rng, space, n):
@@ -59,11 +67,12 @@ def test_gymnasiums_checker_is_content(env_id, kwargs):
 def test_same_seed_same_episodes_another_seed_others(env_id, kwargs):
     def play(seed):
         envs = gym.make_vec(env_id, 3, **kwargs)
-        out, actions = [envs.reset(seed=seed)[0]], np.random.default_rng(0)
+        space, actions = envs.single_observation_space, np.random.default_rng(0)
+        out = leaves(space, envs.reset(seed=seed)[0])
         for _ in range(150):
             obs, reward, *_ = envs.step(draw(actions, envs.single_action_space, 3))
             np.random.seed(len(out))                        # the global generator must not matter
-            out += [obs, reward]
+            out += [*leaves(space, obs), reward]
         return [x.tobytes() for x in out]
 
     assert play(1) == play(1) != play(2)
@@ -74,6 +83,7 @@ def test_same_seed_same_episodes_another_seed_others(env_id, kwargs):
 def test_the_batch_equals_single_environments_step_by_step(env_id, kwargs):
     envs = gym.make_vec(env_id, 4, **kwargs)
     obs, _ = envs.reset(seed=5)
+    space = envs.single_observation_space
     singles = [gym.make(env_id, **kwargs) for _ in range(4)]
     for i, env in enumerate(singles):                       # each single takes over row i of the batch
         env.reset(seed=0)
@@ -88,13 +98,15 @@ def test_the_batch_equals_single_environments_step_by_step(env_id, kwargs):
             o, r, te, tr, info = singles[i].step(action[i])
             assert (r, te, tr) == (reward[i], terminated[i], truncated[i])
             if te or tr:                                    # from here on the batch plays its next episode
-                np.testing.assert_array_equal(o, infos["final_obs"][i])
+                for mine, batchs in zip(leaves(space, o), leaves(space, infos["final_obs"][i]), strict=True):
+                    np.testing.assert_array_equal(mine, batchs)
                 final_info = infos["final_info"]
                 assert info == {k: final_info[k][i] for k in info}
                 assert ("success" in final_info) == bool(info)
                 alive.discard(i)
             else:
-                np.testing.assert_array_equal(o, obs[i])
+                for mine, batchs in zip(leaves(space, o), leaves(space, obs), strict=True):
+                    np.testing.assert_array_equal(mine, batchs[i])
     assert not alive
 
 
@@ -108,8 +120,44 @@ def test_a_saved_batch_continues_to_the_bit(env_id, kwargs):
         envs.step(a)
     copy.load_state_dict(envs.state_dict())
     for a in actions[40:]:
-        for x, y in zip(envs.step(a)[:4], copy.step(a)[:4]):
+        (obs, *rest, _), (copys_obs, *copys_rest, _) = envs.step(a), copy.step(a)
+        space = envs.single_observation_space
+        for x, y in zip([*leaves(space, obs), *rest], [*leaves(space, copys_obs), *copys_rest], strict=True):
             np.testing.assert_array_equal(x, y)
+
+
+class Countdown(BatchEnv):
+    """Observes the steps that are left twice: in a Tuple, there also in a Dict."""
+
+    def __init__(self, num_envs=1, **kwargs):
+        left = gym.spaces.Discrete(4)
+        space = gym.spaces.Tuple([left, gym.spaces.Dict(left=left)])
+        super().__init__(space, gym.spaces.Discrete(2), num_envs, **kwargs)
+        self.left = np.zeros(num_envs, int)
+
+    def begin(self, rows):
+        self.left[rows] = self.np_random.integers(1, 4, size=len(rows))
+
+    def move(self, actions):
+        self.left = self.left - 1
+        return np.zeros(self.num_envs), self.left == 0, np.zeros(self.num_envs, bool), None
+
+    def observe(self):
+        return self.left.copy(), {"left": self.left.copy()}
+
+
+@pytest.mark.quick
+def test_a_batch_observes_tuples_and_dicts():
+    envs = Countdown(3)
+    obs, _ = envs.reset(seed=0)
+    envs.left[:] = 1, 2, 3
+    for t in range(1, 4):
+        before = envs.left.copy()
+        obs, _, terminated, _, infos = envs.step(np.zeros(3, int))
+        assert obs in envs.observation_space
+        assert obs[0].tolist() == obs[1]["left"].tolist() == envs.left.tolist()
+        assert terminated.tolist() == (before == 1).tolist() and terminated[t - 1]
+        assert [*infos["final_obs"][terminated]] == [(0, {"left": 0})] * terminated.sum()
 
 
 @pytest.mark.quick
@@ -261,7 +309,9 @@ def test_minigrid_memory_draws_what_the_engine_draws():
     assert (where[:, 2:] == [4, 0]).all()                   # in the middle row, looking right
 
 
-@pytest.mark.parametrize("env_id", sorted({env_id for env_id, _ in OURS} - {"VisualMatchPassive-v0"}))
+@pytest.mark.parametrize("env_id", [
+    *sorted({env_id for env_id, _ in OURS} - {"VisualMatchPassive-v0"}),
+    *(pytest.param(env_id, marks=needs_memory_gym) for env_id, kwargs in MORTAR_MAYHEM if not kwargs)])
 def test_rendering(env_id):
     for mode, kind in (("ansi", str), ("rgb_array", np.ndarray)):
         env, rng = gym.make(env_id, render_mode=mode), np.random.default_rng(0)
@@ -278,8 +328,8 @@ def test_rendering(env_id):
 
 
 @ours
-def test_reset_options_are_refused_where_there_are_none(env_id, kwargs):
-    with pytest.raises(ValueError, match="no reset options"):
+def test_unknown_reset_options_are_refused(env_id, kwargs):
+    with pytest.raises(ValueError, match=r"reset options.* but got {'size': 3}"):
         gym.make(env_id, **kwargs).reset(options={"size": 3})
 
 
@@ -323,11 +373,6 @@ def test_previous_action_of_multi_discrete_and_box():
         assert envs.step(action)[0][1].tolist() == seen.tolist()
 
 
-needs_memory_gym = pytest.mark.skipif(
-    importlib.util.find_spec("memory_gym") is None,
-    reason="Memory Gym is missing: pip install --no-deps memory-gym==1.0.2")
-
-
 @needs_memory_gym
 @pytest.mark.parametrize("env_id", MEMORY_GYM)
 def test_memory_gym_by_its_own_names(env_id):
@@ -343,19 +388,29 @@ def test_memory_gym_by_its_own_names(env_id):
 
 @needs_memory_gym
 def test_memory_gym_reset_options():
-    env = ResetOptions(gym.make("MortarMayhem-Grid-v0"), {"command_count": [2], "explosion_delay": [3]})
+    options = {"command_count": [2], "explosion_delay": [3]}
+    env = ResetOptions(gym.make("memory_gym/MortarMayhem-Grid-v0"), options)
     for _ in range(2):                                      # the second, plain reset has them too
         env.reset()
         assert env.unwrapped.num_commands == 2
     with pytest.raises(ValueError, match="not valid"):
-        gym.make("MortarMayhem-Grid-v0").reset(options={"comand_count": [2]})
+        gym.make("memory_gym/MortarMayhem-Grid-v0").reset(options={"comand_count": [2]})
 
 
-def test_memory_gym_missing_is_one_sentence():
+@needs_memory_gym
+def test_memory_gyms_own_task_beside_ours_of_the_same_name():
+    ours, theirs = gym.make("MortarMayhem-Grid-v0"), gym.make("memory_gym/MortarMayhem-Grid-v0")
+    again = gym.make("MortarMayhem-Grid-v0")                # to import memory_gym took no name
+    assert isinstance(ours.unwrapped, SingleEnv) and isinstance(again.unwrapped, SingleEnv)
+    assert type(theirs.unwrapped).__module__ == "memory_gym.mortar_mayhem_grid"
+
+
+@pytest.mark.parametrize("env_id", ["MortarMayhem-Grid-v0", "memory_gym/MortarMayhem-Grid-v0"])
+def test_memory_gym_missing_is_one_sentence(env_id):
     code = ("import sys; sys.modules['memory_gym'] = None; import gymnasium as gym, envs; "
-            "gym.make('MortarMayhem-Grid-v0')")
+            f"gym.make('{env_id}')")
     error = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr
-    assert "MortarMayhem-Grid-v0 needs Memory Gym: pip install --no-deps memory-gym==1.0.2" in error
+    assert f"{env_id} needs Memory Gym: pip install --no-deps memory-gym==1.0.2" in error
 
 
 def test_sdl_is_left_alone_until_a_memory_gym_task_is_made():

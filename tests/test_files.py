@@ -11,7 +11,7 @@ import torch
 import ppo_recurrent_tbb as ppo
 from models import files
 from models.flags import read_checkpoint
-from tests.conftest import OFF_POLICY
+from tests.conftest import OFF_POLICY, needs_memory_gym
 from tests.helpers import column, run, wait_for, weights_of
 
 
@@ -24,11 +24,10 @@ def refused(capsys, call, *args, **kwargs):
     return error
 
 
-@pytest.mark.parametrize("env_id", ["PocMemory-v0", "MortarMayhem-Grid-v0"])
+@pytest.mark.parametrize("env_id", [
+    "PocMemory-v0", pytest.param("memory_gym/MortarMayhem-Grid-v0", marks=needs_memory_gym)])
 def test_sigterm_saves_and_leaves_as_ctrl_c_does(tmp_path, run_script, env_id):
     """With Memory Gym too: pygame takes the signal for itself unless it is told not to."""
-    if "Mortar" in env_id:
-        pytest.importorskip("memory_gym", reason="pip install --no-deps memory-gym==1.0.2")
     process = run_script(
         "ppo_recurrent_tbb.py", "--env-id", env_id, "--num-envs", 2, "--num-minibatches", 2,
         "--num-steps", 16, "--total-timesteps", 10**8, "--runs-dir", tmp_path, "--run-name", "run")

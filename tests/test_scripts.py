@@ -24,7 +24,7 @@ from models import run_folder
 from models.flags import read_checkpoint
 from models.play import play
 from models.rnn import GRU
-from tests.conftest import CONTINUOUS, DISCRETE_OFF_POLICY, OFF_POLICY, PPO, SCRIPTS
+from tests.conftest import CONTINUOUS, DISCRETE_OFF_POLICY, OFF_POLICY, PPO, SCRIPTS, needs_memory_gym
 from tests.helpers import column, command_line, comparable, copies, run, small, wait_for, weights_of
 from tests.probes import NUMBERS
 
@@ -306,12 +306,13 @@ def test_views_images_and_symbols_train(script, tmp_path, kwargs):
         assert max(column(rows, "losses/grad_norm")) < 10
 
 
+@needs_memory_gym
 @of_discrete_actions
-def test_mortar_mayhem_grid_runs_with_reset_options(script, tmp_path):
-    pytest.importorskip("memory_gym", reason="pip install --no-deps memory-gym==1.0.2")
+@pytest.mark.parametrize("env_id", ["MortarMayhem-Grid-v0", "MortarMayhemB-Grid-v0"])
+def test_mortar_mayhem_grid_runs_with_reset_options(script, env_id, tmp_path):
     two_commands = {"command_count": [2], "explosion_delay": [2]}
     rows, _ = run(
-        tmp_path, script, env_id="MortarMayhem-Grid-v0", env_kwargs={}, reset_options=two_commands,
+        tmp_path, script, env_id=env_id, env_kwargs={}, reset_options=two_commands,
         num_envs=2, num_minibatches=2, num_steps=64, total_timesteps=128)
     assert max(column(rows, "charts/episodic_length")) < 30                     # not ten commands
 
