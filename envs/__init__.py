@@ -14,6 +14,7 @@ import popgym  # noqa: E402, F401  (registers popgym-*)
 
 from envs import memory_gym  # noqa: E402
 
+memory_gym.register()
 for env_id, module, name in [
     ("PocMemory-v0", "poc_memory", "PocMemory"),
     ("CartPoleMasked-v0", "cartpole_masked", "CartPoleMasked"),
@@ -27,7 +28,6 @@ for env_id, module, name in [
     ("PendulumMasked-v1", "pendulum", "PendulumMasked"),
     ("PendulumSignFlip-v1", "pendulum", "PendulumSignFlip"),
     ("TwoFlags-v0", "two_flags", "TwoFlags"),
+    ("MysteryPath-Grid-v0", "mystery_path", "MysteryPathGrid"),
 ]:
     gym.register(env_id, f"envs.{module}:{name}", vector_entry_point=f"envs.{module}:{name}Batch")
-
-memory_gym.register()

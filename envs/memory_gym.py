@@ -1,7 +1,8 @@
 """Memory Gym's tasks under their own names (https://github.com/MarcoMeter/endless-memory-gym).
 
 They run without window and sound, their observations are copies, and errors are clear sentences.
-The package is imported when one of its tasks is made, not before.
+The package is imported when one of its tasks is made, not before. Those of which we have a batch of our own
+(envs/__init__.py) are called memory_gym/ID here, and ID is ours.
 """
 import importlib
 import os
@@ -18,7 +19,7 @@ TASKS = {
     "MortarMayhemB-Grid-v0": "mortar_mayhem_b_grid:GridMortarMayhemTaskBEnv",
     "MysteryPath-v0": "mystery_path:MysteryPathEnv",
     "Endless-MysteryPath-v0": "endless_mystery_path:EndlessMysteryPathEnv",
-    "MysteryPath-Grid-v0": "mystery_path_grid:GridMysteryPathEnv",
+    "memory_gym/MysteryPath-Grid-v0": "mystery_path_grid:GridMysteryPathEnv",
 }
 
 
@@ -30,8 +31,9 @@ def register():
 
 
 def unregister():
-    for env_id in TASKS:
-        gym.registry.pop(env_id, None)
+    """Frees the names that memory_gym registers when it is imported; returns what they stood for."""
+    names = [env_id.removeprefix("memory_gym/") for env_id in TASKS]
+    return {name: gym.registry.pop(name) for name in names if name in gym.registry}
 
 
 def make(task, render_mode=None):
@@ -45,14 +47,14 @@ def make(task, render_mode=None):
         del os.environ["SDL_VIDEODRIVER"]
         pygame.display.quit()
     module, name = TASKS[task].split(":")
-    unregister()                                            # memory_gym registers the same names
+    ours = unregister()
     try:
         env_class = getattr(importlib.import_module(f"memory_gym.{module}"), name)
     except ModuleNotFoundError as e:
         raise gym.error.DependencyNotInstalled(
             f"{task} needs Memory Gym: pip install --no-deps memory-gym==1.0.2") from e
     finally:
-        register()
+        gym.registry.update(ours)
     return MemoryGym(env_class(render_mode=render_mode))
 
 
