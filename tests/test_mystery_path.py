@@ -40,34 +40,38 @@ def along_the_path(world):
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_every_step_equals_memory_gyms(options):
-    """The second episode of a seed too, where both draw from where the first one left the generator."""
+    """A single environment and a batch that resets itself, of pictures and of their numbers.
+
+    Every fourth episode goes on with the random numbers that the one before it has left.
+    """
     world, env = theirs(), gym.make("MysteryPath-Grid-v0", views=False)
-    numbered = None if {"show_origin", "show_goal"} & {*options} else gym.make("MysteryPath-Grid-v0")
+    numbered = not {"show_origin", "show_goal"} & {*options}
+    batch = gym.make_vec("MysteryPath-Grid-v0", 1, views=numbered)
+    show = batch.single_observation_space.images.__getitem__ if numbered else np.asarray
     rng, met = np.random.default_rng(0), set()
-    for episode in range(48):
-        seed = None if episode % 8 == 7 else episode
-        expected = world.reset(seed=seed, options=options)[0]
-        played = [env] if numbered is None else [env, numbered]
-        shown = [played_env.reset(seed=seed, options=options)[0] for played_env in played]
-        np.testing.assert_array_equal(shown[0], expected)
-        goes_to_goal = episode % 4 < 2 or options.get("max_steps") == -1
-        for t in range(1, 1000):
-            follows = goes_to_goal and rng.random() < 0.9
+    for episode in range(60):
+        seed = None if episode % 4 == 3 else episode
+        expected, _ = world.reset(seed=seed, options=options)
+        obs, _ = env.reset(seed=seed, options=options)
+        if seed is not None:
+            seen, _ = batch.reset(seed=seed, options=options)
+        np.testing.assert_array_equal(obs, expected)
+        np.testing.assert_array_equal(show(seen[0]), expected)
+        to_goal, done = episode % 8 < 4 or options.get("max_steps") == -1, False
+        while not done:
+            follows = to_goal and rng.random() < 0.9
             action = along_the_path(world) if follows else int(rng.choice(4, p=[0.1, 0.2, 0.2, 0.5]))
             expected, reward, done, _, told = world.step(action)
-            for played_env in played:
-                obs, our_reward, terminated, truncated, info = played_env.step(action)
-                assert (our_reward, terminated, truncated) == (reward, done, False)
-                assert info == {name: told[name] for name in ("success", "num_fails") if name in told}
-                if played_env is numbered:
-                    obs = numbered.observation_space.images[obs]
-                np.testing.assert_array_equal(obs, expected)
-            if done:
-                met.add((told["success"], told["num_fails"] > 0, goes_to_goal))
-                break
-        assert done
-    limited = options.get("max_steps") != -1
-    assert {(1, True, True)} <= met and ((0, True, False) in met) == limited
+            told = {name: told[name] for name in ("success", "num_fails") if done}
+            obs, *ended, info = env.step(action)
+            assert ended == [reward, done, False] and info == told
+            np.testing.assert_array_equal(obs, expected)
+            seen, *ended, infos = batch.step([action])
+            assert [x[0] for x in ended] == [reward, done, False]
+            assert {name: infos["final_info"][name][0] for name in told} == told
+            np.testing.assert_array_equal(show(infos["final_obs"][0] if done else seen[0]), expected)
+        met.add((told["success"], told["num_fails"] > 0, to_goal))
+    assert (1, True, True) in met and ((0, True, False) in met) == (options.get("max_steps") != -1)
 
 
 @pytest.mark.quick
