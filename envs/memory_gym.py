@@ -2,7 +2,8 @@
 
 They run without window and sound, their observations are copies, and errors are clear sentences.
 The package is imported when one of its tasks is made, not before. Those of which we have a batch of our own
-(envs/__init__.py) are called memory_gym/ID here, and ID is ours.
+(envs/__init__.py) are called memory_gym/ID here, and ID is ours, unless a program imports memory_gym itself
+later than envs.
 """
 import importlib
 import os
@@ -31,9 +32,18 @@ def register():
 
 
 def unregister():
-    """Frees the names that memory_gym registers when it is imported; returns what they stood for."""
+    """Frees the names that memory_gym registers; returns what they stood for."""
     names = [env_id.removeprefix("memory_gym/") for env_id in TASKS]
     return {name: gym.registry.pop(name) for name in names if name in gym.registry}
+
+
+def load(module):
+    """memory_gym's module of this name. Its first import registers names; here they keep their meaning."""
+    ours = unregister()
+    try:
+        return importlib.import_module(f"memory_gym.{module}")
+    finally:
+        gym.registry.update(ours)
 
 
 def make(task, render_mode=None):
@@ -47,14 +57,11 @@ def make(task, render_mode=None):
         del os.environ["SDL_VIDEODRIVER"]
         pygame.display.quit()
     module, name = TASKS[task].split(":")
-    ours = unregister()
     try:
-        env_class = getattr(importlib.import_module(f"memory_gym.{module}"), name)
+        env_class = getattr(load(module), name)
     except ModuleNotFoundError as e:
         raise gym.error.DependencyNotInstalled(
             f"{task} needs Memory Gym: pip install --no-deps memory-gym==1.0.2") from e
-    finally:
-        gym.registry.update(ours)
     return MemoryGym(env_class(render_mode=render_mode))
 
 

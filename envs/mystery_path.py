@@ -170,8 +170,7 @@ class MysteryPathGridBatch(BatchEnv):
         if not isinstance(edges, (list, tuple)) or not edges or not set(edges) <= {0, 1, 2, 3}:
             raise ValueError(f"cardinal_origin_choice must be a list of numbers from 0 to 3, not {edges}")
         if self.numbered and (wanted["show_origin"] or wanted["show_goal"]):
-            raise ValueError("show_origin and show_goal need the task with views=False: its pictures, "
-                             "numbered, show neither")
+            raise ValueError("show_origin and show_goal need views=False (--env-kwargs '{\"views\": false}')")
         return super().reset(seed=seed, options=options)
 
     def begin(self, rows):

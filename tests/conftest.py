@@ -1,5 +1,5 @@
 """What tests of several files need: one thread, the scripts by family, a script started as a user does."""
-import importlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import envs.memory_gym
+
 torch.set_num_threads(1)
+if importlib.util.find_spec("memory_gym"):
+    envs.memory_gym.load("environment")                     # imported by a test it would take our ids
 ROOT = Path(__file__).parent.parent
 PPO = "ppo_recurrent_sbb", "ppo_recurrent_tbb"
 DQN = "dqn_recurrent_sbb", "dqn_recurrent_tbb"

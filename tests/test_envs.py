@@ -329,6 +329,16 @@ def test_memory_gym_by_its_own_names(env_id):
 
 
 @needs_memory_gym
+def test_an_id_of_ours_stays_ours():
+    code = ("import gymnasium as gym, envs; gym.make('memory_gym/MysteryPath-Grid-v0'); "
+            "print(gym.spec('MysteryPath-Grid-v0').entry_point, gym.spec('MysteryPath-v0').entry_point)")
+    for first in ("", "import memory_gym; "):
+        command = [sys.executable, "-W", "error", "-c", first + code]
+        told = subprocess.run(command, capture_output=True, text=True)
+        assert told.stdout.split()[-2:] == ["envs.mystery_path:MysteryPathGrid", "envs.memory_gym:make"]
+
+
+@needs_memory_gym
 def test_memory_gym_reset_options():
     env = ResetOptions(gym.make("MortarMayhem-Grid-v0"), {"command_count": [2], "explosion_delay": [3]})
     for _ in range(2):                                      # the second, plain reset has them too
