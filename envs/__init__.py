@@ -32,5 +32,6 @@ for env_id, module, name in [
     ("TwoFlags-v0", "two_flags", "TwoFlags"),
     ("MortarMayhem-Grid-v0", "mortar_mayhem", "MortarMayhemGrid"),
     ("MortarMayhemB-Grid-v0", "mortar_mayhem", "MortarMayhemBGrid"),
+    ("MysteryPath-Grid-v0", "mystery_path", "MysteryPathGrid"),
 ]:
     gym.register(env_id, f"envs.{module}:{name}", vector_entry_point=f"envs.{module}:{name}Batch")

@@ -1,8 +1,9 @@
 """Memory Gym's tasks under their own names (https://github.com/MarcoMeter/endless-memory-gym).
 
-Where we have the task ourselves, for the batch, the name is that of ours, and theirs is memory_gym/<name>.
 They run without window and sound, their observations are copies, and errors are clear sentences.
-The package is imported when one of its tasks is made, not before.
+The package is imported when one of its tasks is made, not before. Those of which we have a batch of our own
+(envs/__init__.py) are called memory_gym/ID here, and ID is ours, unless a program imports memory_gym itself
+later than envs.
 """
 import importlib
 import os
@@ -19,7 +20,7 @@ TASKS = {
     "memory_gym/MortarMayhemB-Grid-v0": "mortar_mayhem_b_grid:GridMortarMayhemTaskBEnv",
     "MysteryPath-v0": "mystery_path:MysteryPathEnv",
     "Endless-MysteryPath-v0": "endless_mystery_path:EndlessMysteryPathEnv",
-    "MysteryPath-Grid-v0": "mystery_path_grid:GridMysteryPathEnv",
+    "memory_gym/MysteryPath-Grid-v0": "mystery_path_grid:GridMysteryPathEnv",
 }
 
 

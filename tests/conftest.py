@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import envs.memory_gym
+
 torch.set_num_threads(1)
+if importlib.util.find_spec("memory_gym"):
+    envs.memory_gym.load("environment", "the tests")        # imported by a test it would take our ids
 ROOT = Path(__file__).parent.parent
 PPO = "ppo_recurrent_sbb", "ppo_recurrent_tbb"
 DQN = "dqn_recurrent_sbb", "dqn_recurrent_tbb"

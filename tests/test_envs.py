@@ -40,13 +40,15 @@ OURS = [
     ("PendulumSignFlip-v1", {"max_steps": 60}),
     ("TwoFlags-v0", {"max_steps": 50}),
 ]
-MORTAR_MAYHEM = [
+MEMORY_GYM_GRIDS = [
     ("MortarMayhem-Grid-v0", {}),
     ("MortarMayhemB-Grid-v0", {}),
     ("MortarMayhemB-Grid-v0", {"views": False, "arena_sizes": [2, 3]}),
+    ("MysteryPath-Grid-v0", {}),
+    ("MysteryPath-Grid-v0", {"views": False}),
 ]
 ours = pytest.mark.parametrize(
-    "env_id, kwargs", [*OURS, *(pytest.param(*task, marks=needs_memory_gym) for task in MORTAR_MAYHEM)])
+    "env_id, kwargs", [*OURS, *(pytest.param(*task, marks=needs_memory_gym) for task in MEMORY_GYM_GRIDS)])
 
 
 def draw(rng, space, n):
@@ -311,7 +313,7 @@ def test_minigrid_memory_draws_what_the_engine_draws():
 
 @pytest.mark.parametrize("env_id", [
     *sorted({env_id for env_id, _ in OURS} - {"VisualMatchPassive-v0"}),
-    *(pytest.param(env_id, marks=needs_memory_gym) for env_id, kwargs in MORTAR_MAYHEM if not kwargs)])
+    *(pytest.param(env_id, marks=needs_memory_gym) for env_id, kwargs in MEMORY_GYM_GRIDS if not kwargs)])
 def test_rendering(env_id):
     for mode, kind in (("ansi", str), ("rgb_array", np.ndarray)):
         env, rng = gym.make(env_id, render_mode=mode), np.random.default_rng(0)
@@ -384,6 +386,16 @@ def test_memory_gym_by_its_own_names(env_id):
             assert isinstance(env.step(env.action_space.sample())[1], float)
         for k, v in kept.items():
             np.testing.assert_array_equal(v, obs[k] if isinstance(obs, dict) else obs)
+
+
+@needs_memory_gym
+def test_an_id_of_ours_stays_ours():
+    code = ("import gymnasium as gym, envs; gym.make('memory_gym/MysteryPath-Grid-v0'); "
+            "print(gym.spec('MysteryPath-Grid-v0').entry_point, gym.spec('MysteryPath-v0').entry_point)")
+    for first in ("", "import memory_gym; "):
+        command = [sys.executable, "-W", "error", "-c", first + code]
+        told = subprocess.run(command, capture_output=True, text=True)
+        assert told.stdout.split()[-2:] == ["envs.mystery_path:MysteryPathGrid", "envs.memory_gym:make"]
 
 
 @needs_memory_gym
