@@ -90,7 +90,7 @@ DQN, SAC = [*REPLAY, "--tape-len", "64"], [*REPLAY, "--policy-learning-starts", 
 class Args:
     ids: tuple[str, ...] = ()  # of TASKS; none: all
     steps: int = 1_024  # environment steps of each training
-    seconds: float = 600.0  # after so many a task has failed
+    seconds: float = 1_800.0  # after so many a task has failed
     out: str = str(ROOT / "benchmark/results/every-task.csv")  # the table
 
 
@@ -216,8 +216,9 @@ def in_a_process(task, args):
 
 
 def version_of(module):
-    """"popgym 1.0.7", by the name that pip knows."""
-    name, *_ = importlib.metadata.packages_distributions().get(module, [module])
+    """"popgym 1.0.7", by the name that pip knows; a package may be several to pip."""
+    names = importlib.metadata.packages_distributions().get(module, [module])
+    name = module if module in names else names[0]
     return f"{name} {importlib.metadata.version(name)}"
 
 
