@@ -28,6 +28,8 @@ RESULTS = ROOT / "benchmark/results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OPENING = re.compile(r"^<!-- ([^/\s]\S*) -->\n(?!```)", re.MULTILINE)
 NOTE = re.compile(r"^ *# (KNOWN BUG|PITFALL|DEVIATION)\b((?:.*\n)(?: *#  .*\n)*)", re.MULTILINE)
+LEVEL = re.compile(r"(Easy|Medium|Hard)(?=-v\d)")           # of a task of POPGym
+FAMILIES = {"ppo_recurrent_tbb": "PPO", "dqn_recurrent_tbb": "DQN", "sac_gru": "SAC"}
 NOT_AXES = "seed", "last", "steps", "seconds"  # columns of a grid's table
 
 # what works, for somebody who decides within a minute: (entry, its task, its level if it is of a grid)
@@ -204,6 +206,49 @@ def layers_table(rows):
     return markdown(["layer", *shapes], cells)
 
 
+def every_task_table(rows):
+    """every-task.csv: a line for the levels of a task, or for a package's tasks that have equal spaces."""
+    header = "package", "tasks", "observation", "actions", "trained by", "plain steps/s"
+    lines, cells = {}, []
+    for row in rows:
+        spaces = row["observation"], row["actions"]
+        same = LEVEL.sub("", row["id"]) if LEVEL.search(row["id"]) else spaces
+        if all(spaces):                                     # it was tried
+            lines.setdefault((row["package"], same, row["scripts"]), []).append(row)
+    for (package, _, scripts), tasks in lines.items():
+        speeds = [float(f"{float(row['steps_per_second']):.2g}") for row in tasks]
+        few = len(speeds) <= 3
+        cells.append([
+            package, tasks_cell([row["id"] for row in tasks]),
+            *("; ".join(different(tasks, column)) for column in ("observation", "actions")),
+            ", ".join(FAMILIES[script] for script in scripts.split()) or "-",
+            " / ".join(f"{speed:,.0f}" for speed in speeds) if few else from_to(speeds, ",.0f")])
+    return f"{markdown(header, cells)}\n{every_task_summary(rows)}"
+
+
+def tasks_cell(ids):
+    """Their names; the second and third level of a task of POPGym by its level alone."""
+    first, *others = ids
+    levels = ", ".join(LEVEL.search(other)[1] for other in others if LEVEL.search(other))
+    return f"`{first}` ({levels})" if levels else ", ".join(f"`{name}`" for name in ids)
+
+
+def every_task_summary(rows):
+    """How many of them ran and with which versions, and what the others said."""
+    trained = ", ".join(
+        f"{sum(script in row['scripts'].split() for row in rows)} by {family}"
+        for script, family in FAMILIES.items())
+    ran = sum(row["result"] == "runs" for row in rows)
+    versions = ", ".join(different([row for row in rows if row["version"]], "version"))
+    lines = [f"{ran} of {len(rows)} ids ran ({trained}), with {versions}."]
+    absent = [row for row in rows if row["result"] == "package absent"]
+    if absent:
+        lines.append(f"Not installed, so not tried: {'; '.join(different(absent, 'package'))}.")
+    refused = [row for row in rows if row["result"] not in ("runs", "package absent")]
+    lines += [f"* `{row['id']}`: {escaped(row['result'])}" for row in refused]
+    return "\n\n".join(lines) + "\n"
+
+
 def works():
     """What works: the lines of WORKS."""
     header = "task", "script, memory", "solved at", "seeds that reach it", "environment steps to it"
@@ -293,6 +338,7 @@ TABLES = {                                                  # {name: (file, func
     "dqn-speed": (RESULTS / "dqn-speed.csv", dqn_speed_table),
     "off-policy-speed": (RESULTS / "off-policy-speed.csv", off_policy_speed_table),
     "layers": (RESULTS / "layers.csv", layers_table),
+    "every-task": (RESULTS / "every-task.csv", every_task_table),
 }
 WRITTEN = {"works": works, "known-bugs": known_bugs}        # made of more than one file
 

@@ -228,6 +228,19 @@ TOOLS = {
         --out text/out.csv|--out
         --out nowhere/out.csv|--out
         --child nothing|--child""",
+    "every_task": """
+        --ids nothing|--ids
+        --ids CartPole-v1 nothing|nothing
+        --ids CartPole-v1 --steps 0|--steps
+        --ids CartPole-v1 --steps 1000000000|--steps
+        --ids CartPole-v1 --seconds 0|--seconds
+        --ids CartPole-v1 --seconds nan|--seconds
+        --ids CartPole-v1 --out .|--out
+        --ids CartPole-v1 --out text|--out
+        --ids CartPole-v1 --out text/out.csv|--out
+        --ids CartPole-v1 --out nowhere/out.csv|--out
+        --ids CartPole-v1 --out pipe|--out
+        --ids CartPole-v1 --out other/table.csv|--out""",
     "ship": """
         |entries
         nothing|nothing
