@@ -30,7 +30,6 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import torch
-import tyro
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -40,8 +39,8 @@ import ppo_recurrent_tbb  # noqa: E402
 import sac_gru  # noqa: E402
 from envs.memory_gym import TASKS as MEMORY_GYM  # noqa: E402
 from envs.vector import import_module_of  # noqa: E402
+from models.files import command_line, write  # noqa: E402
 from models.flags import EMPTY, fail  # noqa: E402
-from models.run_folder import write  # noqa: E402
 
 POPGYM = """
     RepeatPrevious RepeatFirst Autoencode CountRecall PositionOnlyCartPole VelocityOnlyCartpole
@@ -274,7 +273,7 @@ def check(args):
 
 
 def main(argv=None):
-    args = tyro.cli(Args, args=argv)
+    args = command_line(Args, argv)
     check(args)
     path = Path(args.out)
     rows = saved_rows(path)
