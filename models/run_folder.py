@@ -43,7 +43,7 @@ class Run:
         name = args.run_name or re.sub("[/:]", "-", default)
         self.script, self.folder = script, Path(args.resume or Path(args.runs_dir) / name)
         self.args = json.dumps({**dataclasses.asdict(args), "resume": None}, indent=2)
-        self.last_step, self.seconds = saved.get("global_step", 0), saved.get("seconds", 0.0)
+        self.last_step, self.seconds = (saved["global_step"], saved["seconds"]) if saved else (0, 0.0)
         try:
             self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
         except OSError as e:
