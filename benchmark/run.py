@@ -34,10 +34,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import tyro
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "models"))                       # as models.command_line it would import torch
+
+from command_line import command_line, fail  # noqa: E402
+
 TASKS = ROOT / "benchmark/tasks"
 SHOWN = {  # beside a run's bar
     "SPS": "charts/SPS", "return": "charts/episodic_return", "success": "charts/success",
@@ -59,12 +62,6 @@ class Args:
     ray_address: str | None = None  # of the cluster; default: $RAY_ADDRESS, or else a Ray on this machine
     cpus_per_run: float = 1  # what Ray reserves for each
     gpus_per_run: float = 0
-
-
-def fail(message):
-    """Bad input: one sentence, exit code 2."""
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    sys.exit(2)
 
 
 def entries(path=TASKS):
@@ -390,7 +387,7 @@ def check(args):
 
 def main(argv=None):
     sys.stdout.reconfigure(line_buffering=True)             # also into a pipe
-    args = tyro.cli(Args, args=argv)
+    args = command_line(Args, argv)
     check(args)
     jobs = jobs_of(chosen_entries(args), args)
     if args.dry_run:
