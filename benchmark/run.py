@@ -239,6 +239,7 @@ class Queue:
         """jobs: (argv, folder) of each run"""
         self.start = RayRun if args.executor == "ray" else LocalRun
         self.count, self.running = collections.Counter(), {}  # running: {folder: (run, slot, bar)}
+        self.elsewhere = set()                              # folders in which another process trains
         self.waiting = collections.deque(job for job in jobs if self.is_wanted(job[1], args.retry))
         self.slots = set(range(1, args.workers + 1))        # lines of the terminal that are free
         self.width = max(len(folder.name) for _, folder in jobs)
@@ -285,6 +286,9 @@ class Queue:
                 run = self.start(argv, folder)
             except BlockingIOError:                         # wait for it, then see what is missing
                 self.waiting.append((argv, folder))
+                if folder not in self.elsewhere:
+                    tqdm.write(f"{folder.name}: waits for another process that trains there")
+                self.elsewhere.add(folder)
                 continue
             slot = self.slots.pop()
             name = folder.name.ljust(self.width)
