@@ -16,7 +16,7 @@ def fail(message):
     """Bad input: one sentence, exit code 2. A run in which nothing was learned yet leaves nothing."""
     while RUNNING:
         RUNNING.pop().abandon()
-    message = message.replace("\0", "\\0")                   # a null byte cannot be seen
+    message = message.replace("\0", "\\0")                  # a null byte cannot be seen
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(2)
 
