@@ -21,7 +21,8 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from models.files import command_line, fail, make_out  # noqa: E402
+from models.command_line import command_line, fail  # noqa: E402
+from models.files import make_out  # noqa: E402
 from models.scan import associative_scan, linear_scan, resettable  # noqa: E402
 
 GAMMA = 0.99

@@ -5,11 +5,17 @@
     python benchmark/horizon.py --model runs/.../model.safetensors \\
         --sweep env-id popgym-RepeatFirst{Easy,Medium,Hard}-v0
 
-Plays episodes with the most likely actions. Draws, against k, how strongly the value and the policy of step t
-depend on what was seen k steps before: |d value_t / d x_{t-k}| and |d logit_t / d x_{t-k}|, averaged over t.
-    x          the encoder's features: observations may be integers
-    logit_t    the largest output of the policy's last layer: its probability is flat where the policy is sure
-A dotted line is the number of steps that training's gradient could flow through.
+Plays episodes with the most likely actions, with a model of any script. Draws, against k, how strongly the
+value and the policy of step t depend on what was seen k steps before: |d value_t / d x_{t-k}| and
+|d policy_t / d x_{t-k}|, averaged over t.
+    x           the encoder's features: observations may be integers. If policy and critics have an encoder
+                each, each curve is of its own features
+    value_t     PPO: the value. DQN and SAC-Discrete: the largest Q. SAC and TD3: Q of the most likely action,
+                which is held fixed. Of two critics the smaller Q
+    policy_t    PPO and SAC-Discrete: the largest output of the policy's last layer, for its probability is
+                flat where the policy is sure. SAC and TD3: the mean of the action's first number before the
+                tanh, which is flat at the bounds. DQN: none, its Q is its policy
+A dotted line is the number of steps that training's gradient could flow through, unless it was the episode.
 
 --sweep plays the task again with other values of one of its arguments, or other tasks, and draws the return
 (and the success, where the task defines it) against them: recall against delay, past the delay of training.
@@ -19,35 +25,69 @@ Writes horizon.csv and horizon.png (sweep.csv and sweep.png) beside the model.
 import csv
 import importlib
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from envs.vector import make_envs  # noqa: E402
 from models import to_tensors  # noqa: E402
-from models.files import command_line, make_out  # noqa: E402
+from models.command_line import command_line  # noqa: E402
+from models.files import make_out  # noqa: E402
 from models.flags import fail, parse, read_model  # noqa: E402
 from models.play import play  # noqa: E402
 from models.run_folder import make_agent  # noqa: E402
 
-# a file must not name any other module to import
-SCRIPTS = "ppo_recurrent_sbb", "ppo_recurrent_tbb", "ppo_recurrent_tbb_multigpu"
-
 
 @dataclass
 class Args:
-    model: str  # model.safetensors of one of the PPO scripts
+    model: str  # model.safetensors of any script
     steps: int = 256  # steps to play
     targets: int = 32  # steps t whose gradients are averaged
     sweep: tuple[str, ...] = ()  # an argument of the task and its values, as JSON; or env-id and tasks
     episodes: int = 100  # episodes for each value
     out: str | None = None  # folder; default: the model's
+
+
+# ------------------------------------------------ what is drawn of every step, [T, B] each
+# y_policy, y_critics: what the memories give, [T, B, H] each; the same if there is one memory
+
+def of_ppo(agent, y_policy, y_critics):
+    logits = agent.policy.linear(agent.policy_hidden(y_policy).relu())          # [T, B, A]
+    value = agent.value(agent.value_hidden(y_critics).relu()).squeeze(-1)
+    return {"value": value, "policy": logits.amax(-1)}
+
+
+def of_dqn(agent, y_policy, y_critics):
+    q = agent.q(agent.hidden(y_critics).relu())
+    return {"value": q.of(q.greedy())}
+
+
+def of_sac_discrete(agent, y_policy, y_critics):
+    *hidden, head = agent.policy
+    logits = head.linear(nn.Sequential(*hidden)(y_policy))  # [T, B, A]
+    q = map(torch.minimum, agent.q1(y_critics).branches, agent.q2(y_critics).branches)
+    return {"value": sum(branch.amax(-1) for branch in q), "policy": logits.amax(-1)}
+
+
+def of_continuous(agent, y_policy, y_critics):
+    means = agent.policy(y_policy)[..., : len(agent.low)]   # [T, B, A], then come SAC's log-stds
+    value = torch.minimum(*agent.critics(y_critics, means.tanh().detach()))
+    return {"value": value, "policy": means[..., 0]}
+
+
+OUTPUTS = {  # a file must not name any other module to import
+    "ppo_recurrent_sbb": of_ppo, "ppo_recurrent_tbb": of_ppo, "ppo_recurrent_tbb_multigpu": of_ppo,
+    "dqn_recurrent_sbb": of_dqn, "dqn_recurrent_tbb": of_dqn, "sac_discrete_sbb": of_sac_discrete,
+    "sac_gru": of_continuous, "td3_gru": of_continuous}
 
 
 def script_of(path):
@@ -57,56 +97,68 @@ def script_of(path):
     except Exception as e:                                  # missing, damaged, another program's
         fail(f"--model {path} cannot be read ({type(e).__name__}); give a model.safetensors of this "
              "repository")
-    if name not in SCRIPTS:
-        fail(f"--model {path} is not a model of {' or '.join(SCRIPTS)}")
+    if name not in OUTPUTS:
+        fail(f"--model {path} was made by none of {', '.join(OUTPUTS)}: give a model of one of these")
     return importlib.import_module(name)
+
+
+def trunks_of(agent):
+    """The parts with an encoder and a memory: the policy's and the critics', or one for both."""
+    return [part for part in agent.modules() if hasattr(part, "encoder") and hasattr(part, "memory")]
 
 
 @torch.no_grad()
 def record(agent, envs, seed, steps):
-    """Features [T, 1, F] and starts [T, 1] of `steps` steps."""
-    state, features, starts = agent.memory.initial_state(1), [], []
+    """Features [T, 1, F] of `steps` steps, of each trunk, and starts [T, 1]: where the memory forgets."""
+    trunks, features, starts = trunks_of(agent), [], []
+    state, length = agent.memory.initial_state(1), 0
+    wipe_every = getattr(agent, "wipe_state_every", 0)
     start = torch.ones(1, dtype=torch.bool)
     obs, _ = envs.reset(seed=seed)
     for _ in range(steps):
+        if wipe_every and length % wipe_every == 0:
+            start = torch.ones_like(start)
         obs = to_tensors(envs.single_observation_space, obs, "cpu")             # leaves of [1, ...]
-        features.append(agent.encoder(obs))
-        starts.append(start & agent.reset_state)
+        features.append([trunk.encoder(obs) for trunk in trunks])
+        starts.append(start & getattr(agent, "reset_state", True))
         action, state = agent.act(obs, state, start)
         obs, _, terminated, truncated, _ = envs.step(action)
+        length += 1
         start = torch.as_tensor(terminated | truncated)
         if start:
             obs, _ = envs.reset()
-    return torch.stack(features), torch.stack(starts)
+            length = 0
+    return [torch.stack(xs) for xs in zip(*features)], torch.stack(starts)
 
 
-def outputs(agent, x, start):
-    """Value and largest policy output of every step, both [T].   x [T, 1, F]; start [T, 1]"""
-    y, _ = agent.memory(x, agent.memory.initial_state(1), start)                # [T, 1, H]
-    value = agent.value(agent.value_hidden(y).relu())       # [T, 1, 1]
-    logits = agent.policy.linear(agent.policy_hidden(y).relu())                 # [T, 1, A]
-    return value[:, 0, 0], logits[:, 0].amax(-1)
+def outputs(of, agent, xs, start):
+    """What `of` draws of every step, {name: [T]}.   xs: features [T, 1, F] of each trunk; start [T, 1]"""
+    ys = []
+    for trunk, x in zip(trunks_of(agent), xs, strict=True):
+        y, _ = trunk.memory(x, trunk.memory.initial_state(1), start)            # [T, 1, H]
+        ys.append(y)
+    return {name: out[:, 0] for name, out in of(agent, ys[0], ys[-1]).items()}
 
 
-def gradients(agent, x, start, targets):
-    """For every target t: norms of the gradients of its value and policy by every step's features, [2, T]."""
-    x = x.clone().requires_grad_()
-    both = outputs(agent, x, start)
+def gradients(of, agent, xs, start, targets):
+    """For every target t: norms of the gradients of each output by every step's features, [outputs, T]."""
+    xs = [x.clone().requires_grad_() for x in xs]
+    drawn, by = outputs(of, agent, xs, start), {"value": xs[-1], "policy": xs[0]}
     for t in targets:
-        of_both = [torch.autograd.grad(out[t], x, retain_graph=True)[0] for out in both]    # [T, 1, F] each
-        yield torch.stack([gradient.norm(dim=-1)[:, 0] for gradient in of_both])
+        of_all = [torch.autograd.grad(out[t], by[name], retain_graph=True)[0] for name, out in drawn.items()]
+        yield torch.stack([gradient.norm(dim=-1)[:, 0] for gradient in of_all])
 
 
-def sensitivity(agent, x, start, targets):
+def sensitivity(of, agent, xs, start, targets):
     """The same by distance k = t - s, within the episode of t.
 
-    x [T, 1, F]; targets: steps t. Returns [2, K], K = T: means over t, nan where no episode reaches k back.
+    targets: steps t. Returns [outputs, K], K = T: means over t, nan where no episode reaches k back.
     """
-    T, episode = len(x), start[:, 0].cumsum(0)
-    total, count = torch.zeros(2, T), torch.zeros(T)
-    for t, norms in zip(targets, gradients(agent, x, start, targets)):
+    T, episode = len(start), start[:, 0].cumsum(0)
+    total, count = 0, torch.zeros(T)
+    for t, norms in zip(targets, gradients(of, agent, xs, start, targets)):
         reach = int((episode[: t + 1] == episode[t]).sum())     # steps of this episode up to t
-        total[:, :reach] += norms[:, t - reach + 1 : t + 1].flip(1)
+        total += F.pad(norms[:, t - reach + 1 : t + 1].flip(1), (0, T - reach))
         count[:reach] += 1
     return total / count                                    # 0 / 0 is nan
 
@@ -171,6 +223,8 @@ def reach_of_training(args):
     """A name and a number of steps: where the gradient of training ended."""
     if getattr(args, "seq_len", -1) > 0:
         return "truncated BPTT", args.seq_len
+    if not hasattr(args, "num_steps"):                      # off-policy
+        return "whole episodes", math.inf
     if getattr(args, "full_episodes", False):
         return "prefix", args.max_prefix + args.num_steps
     return "rollout", args.num_steps
@@ -195,11 +249,12 @@ def main(argv=None):
     make_out(out)
     if options.sweep:
         return sweep(agent, args, envs, options, out / "sweep")
-    x, start = record(agent, envs, args.seed, options.steps)
+    of = OUTPUTS[script.SCRIPT]
+    xs, start = record(agent, envs, args.seed, options.steps)
     targets = np.linspace(options.steps // 4, options.steps - 1, options.targets).astype(int)
-    value, policy = sensitivity(agent, x, start, targets)
-    K = int(value.isfinite().sum())
-    columns = {"value": value[:K].tolist(), "policy": policy[:K].tolist()}
+    curves = sensitivity(of, agent, xs, start, targets)
+    K = int(curves[0].isfinite().sum())
+    columns = {name: curve[:K].tolist() for name, curve in zip(outputs(of, agent, xs, start), curves)}
     name, at = reach_of_training(args)
     marks = [(name, at)] if at < K else []
     draw(out / "horizon", columns, range(K), "k (steps back)", "norm of the gradient", log=True, marks=marks)

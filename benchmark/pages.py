@@ -19,8 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import tyro
-from run import ROOT, entries, fail
+from run import ROOT, command_line, entries, fail
 
 sys.path.insert(0, str(ROOT))
 
@@ -282,7 +281,7 @@ def first_steps(name, entry, level):
 def script_and_memory(command):
     _, script, *argv = shlex.split(command)
     module = importlib.import_module(Path(script).stem)
-    return script, tyro.cli(module.Args, args=argv).memory
+    return script, command_line(module.Args, argv).memory
 
 
 class Note(NamedTuple):
@@ -372,7 +371,7 @@ def filled(text):
 
 
 def main(argv=None):
-    tyro.cli(Args, args=argv)
+    command_line(Args, argv)
     for page in PAGES:
         before = page.read_text()
         after = filled(before)

@@ -27,8 +27,7 @@ from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
-import tyro
-from run import TASKS, entries, fail
+from run import TASKS, command_line, entries, fail
 
 plt.switch_backend("Agg")
 matplotlib.rcParams |= {
@@ -335,7 +334,7 @@ def draw_all(group, rows, entry, out):
 
 
 def main(argv=None):
-    args = tyro.cli(Args, args=argv)
+    args = command_line(Args, argv)
     out, known = Path(args.out), entries(args.tasks)
     found = runs_in(args.runs_dir, known, args.unfinished)
     mistyped = args.runs_dir != Args.runs_dir and not Path(args.runs_dir).is_dir()

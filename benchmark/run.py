@@ -34,10 +34,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import tyro
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "models"))                       # as models.command_line it would import torch
+
+from command_line import command_line, fail  # noqa: E402
+
 TASKS = ROOT / "benchmark/tasks"
 SHOWN = {  # beside a run's bar
     "SPS": "charts/SPS", "return": "charts/episodic_return", "success": "charts/success",
@@ -59,12 +62,6 @@ class Args:
     ray_address: str | None = None  # of the cluster; default: $RAY_ADDRESS, or else a Ray on this machine
     cpus_per_run: float = 1  # what Ray reserves for each
     gpus_per_run: float = 0
-
-
-def fail(message):
-    """Bad input: one sentence, exit code 2."""
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    sys.exit(2)
 
 
 def entries(path=TASKS):
@@ -242,6 +239,7 @@ class Queue:
         """jobs: (argv, folder) of each run"""
         self.start = RayRun if args.executor == "ray" else LocalRun
         self.count, self.running = collections.Counter(), {}  # running: {folder: (run, slot, bar)}
+        self.elsewhere = set()                              # folders in which another process trains
         self.waiting = collections.deque(job for job in jobs if self.is_wanted(job[1], args.retry))
         self.slots = set(range(1, args.workers + 1))        # lines of the terminal that are free
         self.width = max(len(folder.name) for _, folder in jobs)
@@ -288,6 +286,9 @@ class Queue:
                 run = self.start(argv, folder)
             except BlockingIOError:                         # wait for it, then see what is missing
                 self.waiting.append((argv, folder))
+                if folder not in self.elsewhere:
+                    tqdm.write(f"{folder.name}: waits for another process that trains there")
+                self.elsewhere.add(folder)
                 continue
             slot = self.slots.pop()
             name = folder.name.ljust(self.width)
@@ -390,7 +391,7 @@ def check(args):
 
 def main(argv=None):
     sys.stdout.reconfigure(line_buffering=True)             # also into a pipe
-    args = tyro.cli(Args, args=argv)
+    args = command_line(Args, argv)
     check(args)
     jobs = jobs_of(chosen_entries(args), args)
     if args.dry_run:

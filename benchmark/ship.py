@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from envs.vector import make_envs  # noqa: E402
-from models.files import command_line  # noqa: E402
+from models.command_line import command_line  # noqa: E402
 from models.flags import fail, load, parse, read_model  # noqa: E402
 from models.play import play  # noqa: E402
 from models.run_folder import make_agent  # noqa: E402

@@ -36,7 +36,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from models import MEMORIES  # noqa: E402
-from models.files import command_line  # noqa: E402
+from models.command_line import command_line  # noqa: E402
 from models.flags import EMPTY, fail  # noqa: E402
 
 # name: env id, env kwargs, N, T, minibatches, LSTM size, hidden layer, encoder size (images), updates to time

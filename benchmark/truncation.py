@@ -23,7 +23,8 @@ sys.path.insert(0, str(ROOT))
 import ppo_recurrent_sbb as sbb  # noqa: E402
 import ppo_recurrent_tbb as tbb  # noqa: E402
 from models import MEMORIES  # noqa: E402
-from models.files import command_line, fail, make_out  # noqa: E402
+from models.command_line import command_line, fail  # noqa: E402
+from models.files import make_out  # noqa: E402
 
 
 @dataclass

@@ -3,51 +3,17 @@
 Whatever fails says so in one sentence.
 """
 import contextlib
-import io
 import os
-import sys
 import zipfile
 from pathlib import Path
 
 import safetensors
 import torch
-import tyro
+
+from models.command_line import fail
 
 UMASK = os.umask(0o022)
 os.umask(UMASK)
-
-
-RUNNING = []  # the run of this process, if one has begun
-
-
-def fail(message):
-    """Bad input: one sentence, exit code 2. A run in which nothing was learned yet leaves nothing."""
-    while RUNNING:
-        RUNNING.pop().abandon()
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def command_line(Args, argv=None, **kwargs):
-    """tyro's Args. Of what tyro says in a box of many lines when it refuses, the sentence."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(Args, args=argv, **kwargs)
-    except SystemExit as e:
-        if e.code != 2:                                     # --help
-            raise
-    fail(sentence_of(said.getvalue()))
-
-
-def sentence_of(box):
-    """The first paragraph below the title, and the flag that was meant."""
-    title, *lines = [line.strip("│╭╮╰╯ ") for line in box.strip().splitlines()]
-    lines = [line if line.strip("─-") else "" for line in lines]                # rules become empty
-    parts = "\n".join(lines).strip("\n").split("\n\n")
-    said, *more = [" ".join(part.split()) for part in parts]
-    meant = [part.split(":", 1)[1].split()[0] for part in more if part.startswith("Perhaps you meant:")]
-    return f"{said.rstrip('.')}: " + (f"perhaps you meant {meant[0]}, " if meant else "") + "see --help"
 
 
 def refuse_more_than_memory(nbytes, flag):
@@ -60,8 +26,8 @@ def make_out(folder):
     """The folder that --out names."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        fail(f"--out {folder} cannot be made ({e.strerror}): choose another folder")
+    except (OSError, ValueError) as e:                      # ValueError: a null byte in its name
+        fail(f"--out {folder} cannot be made ({getattr(e, 'strerror', e)}): choose another folder")
 
 
 def lock(folder):

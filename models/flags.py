@@ -15,7 +15,8 @@ import gymnasium as gym
 import torch
 from tyro.constructors import PrimitiveConstructorSpec
 
-from models.files import command_line, fail, read_checkpoint, read_model
+from models.command_line import command_line, fail
+from models.files import read_checkpoint, read_model
 
 EMPTY = '""'  # a path of no letters, as somebody typed it
 MOST = {  # no run can mean more
@@ -23,6 +24,10 @@ MOST = {  # no run can mean more
     **dict.fromkeys(("hidden_size", "mlp_size", "encoder_size", "num_envs", "num_steps"), 2**16),
     **dict.fromkeys(("batch_size", "tape_len", "seq_len"), 2**22)}
 LAYOUT = "2"  # of model and checkpoint files; raised when what they hold changes
+HELD = {  # by checkpoints
+    **dict.fromkeys(("global_step", "gradient_steps"), int), "seconds": (int, float), "stats": (list, tuple),
+    **dict.fromkeys(("optimizer", "target", "replay", "envs"), dict), "optimizers": list,
+    **dict.fromkeys(("carried", "rng"), tuple)}
 
 
 def number(kind, low, high):
@@ -172,6 +177,9 @@ def load(flag, path, read, script):
     if flag == "--resume" and saved.get("layout") != LAYOUT:
         fail(f"{flag} {path} was made by an older version of {script}.py and cannot be continued by this "
              "one: train again, or continue it with that version")
+    for key in HELD.keys() & saved.keys() if flag == "--resume" else ():
+        if not isinstance(saved[key], HELD[key]):
+            fail(f"{flag} {path} holds a {key} of another type: it is damaged or another program's")
     refuse_broken_weights(f"{flag} {path}", saved.get("agent"))
     return Saved(saved, f"{flag} {path}")
 

@@ -25,7 +25,8 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from models.files import RUNNING, lock, refused_if_the_disk_does, rows_until, write
+from models.command_line import RUNNING
+from models.files import lock, refused_if_the_disk_does, rows_until, write
 from models.flags import LAYOUT, fail, pick_device, refused_in_one_sentence
 
 LAPS = "policy", "env", "batch", "update", "log"  # what the time of a run is spent on
@@ -46,8 +47,9 @@ class Run:
         self.last_step, self.seconds = (saved["global_step"], saved["seconds"]) if saved else (0, 0.0)
         try:
             self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
-        except OSError as e:
-            fail(f"--run-name {name} cannot be made in --runs-dir {args.runs_dir} ({e.strerror}); "
+        except (OSError, ValueError) as e:                  # ValueError: a null byte in its name
+            why = getattr(e, "strerror", e)
+            fail(f"--run-name {name} cannot be made in --runs-dir {args.runs_dir} ({why}); "
                  f"choose another or --resume {self.folder}")
         self.lock = lock(self.folder)
         self.keeps_folder = bool(args.resume)               # from the first gradient step on

@@ -66,10 +66,11 @@ def comparable(rows):
     return [{tag: value for tag, value in row.items() if not tag.startswith(timed)} for row in rows]
 
 
-def wait_for(path, seconds=120):
-    deadline = time.time() + seconds
-    while not path.exists():
-        assert time.time() < deadline, f"{path} did not appear"
+def wait_for(what, seconds=120):
+    """Until a path exists, or until a function says yes."""
+    happened, deadline = what if callable(what) else what.exists, time.time() + seconds
+    while not happened():
+        assert time.time() < deadline, f"{what}: nothing in {seconds} s"
         time.sleep(0.05)
 
 

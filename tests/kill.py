@@ -42,10 +42,11 @@ CASES = [  # script, what starts it, task, its arguments, memory, other flags
     ("ppo_recurrent_sbb", (), "PocMemory-v0", {}, "gru", {}),
     ("ppo_recurrent_sbb", (), "CartPoleMasked-v0", {}, "lstm", NORMALISED),
     ("ppo_recurrent_sbb", (), "MinigridMemory-v0", {"rgb": False, "size": 7}, "mingru", {}),
+    ("ppo_recurrent_sbb", (), "MortarMayhem-v0", {}, "gru", IMAGES),
     ("ppo_recurrent_sbb", (), "MortarMayhem-Grid-v0", {}, "gru", IMAGES),
     ("ppo_recurrent_tbb", (), "TMazePassive-v0", {}, "lru", dict(full_episodes=True, prev_action=True)),
     ("ppo_recurrent_tbb", (), "VisualMatchPassive-v0", SHORT, "gpt", {}),
-    ("ppo_recurrent_tbb", (), "MysteryPath-Grid-v0", {}, "deltanet", IMAGES),
+    ("ppo_recurrent_tbb", (), "MysteryPath-v0", {}, "deltanet", IMAGES),
     ("ppo_recurrent_tbb", (), "MiniGrid-MemoryS7-v0", {}, "lstm", {}),
     ("ppo_recurrent_tbb_multigpu", (), "KeyToDoor-v0", SHORT, "lru", NORMALISED),
     ("ppo_recurrent_tbb_multigpu", TORCHRUN, "PocMemory-v0", {}, "gru", dict(num_minibatches=2)),
@@ -58,7 +59,7 @@ CASES = [  # script, what starts it, task, its arguments, memory, other flags
     ("td3_gru", (), "PendulumMasked-v1", {"max_steps": 30}, "gru", {}),
     ("td3_gru", (), "TwoFlags-v0", {"max_steps": 30}, "lstm", {}),
     ("sac_discrete_sbb", (), "TMazePassive-v0", {}, "gru", {}),
-    ("sac_discrete_sbb", (), "MortarMayhem-Grid-v0", {}, "mingru", IMAGES | dict(batch_size=16)),
+    ("sac_discrete_sbb", (), "MortarMayhem-v0", {}, "mingru", IMAGES | dict(batch_size=16)),
 ]
 
 

@@ -12,8 +12,8 @@ import torch
 
 import ppo_recurrent_tbb as tbb
 from models.flags import parse
-from tests.conftest import ROOT
-from tests.helpers import spy
+from tests.conftest import CONTINUOUS, DQN, ROOT
+from tests.helpers import run, spy
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 import discounted_return  # noqa: E402
@@ -65,7 +65,7 @@ def test_horizon_of_a_known_memory_and_none_across_a_start():
             return torch.stack(ys), (h,)
 
     agent = torch.nn.Module()
-    agent.memory, agent.policy = Halving(), torch.nn.Module()
+    agent.encoder, agent.memory, agent.policy = torch.nn.Identity(), Halving(), torch.nn.Module()
     agent.policy_hidden, agent.policy.linear = torch.nn.Linear(3, 2), torch.nn.Linear(2, 2)
     agent.value_hidden, agent.value = torch.nn.Linear(3, 2), torch.nn.Linear(2, 1)
     for layer in (agent.policy_hidden, agent.policy.linear, agent.value_hidden, agent.value):
@@ -73,32 +73,86 @@ def test_horizon_of_a_known_memory_and_none_across_a_start():
         torch.nn.init.zeros_(layer.bias)
     x, start = torch.rand(20, 1, 3), torch.zeros(20, 1, dtype=torch.bool)
     start[[0, 8]] = True
-    value, policy = horizon.sensitivity(agent, x, start, [7, 15])
+    value, policy = horizon.sensitivity(horizon.of_ppo, agent, [x], start, [7, 15])
     expected = 2 * 3**0.5 * 0.5 ** torch.arange(8.0)        # both episodes have 8 steps up to the target
     torch.testing.assert_close(value[:8], expected)
     torch.testing.assert_close(policy[:8], expected)
     assert value[8:].isnan().all() and policy[8:].isnan().all()
 
 
-@pytest.mark.parametrize("memory", ["lru", "lstm", "mingru"])
-def test_horizons_gradients_are_finite_differences_and_zero_across_a_start(memory):
+def agent_of(name, memory, **flags):
+    """A new agent of this script in double precision, on three symbols."""
     torch.manual_seed(0)
-    args = tbb.Args(memory=memory, hidden_size=4, mlp_size=8, num_layers=1)
-    agent = tbb.Agent(gym.spaces.Discrete(3), gym.spaces.Discrete(2), args).double()
-    x, start = torch.rand(10, 1, 3, dtype=torch.float64), torch.zeros(10, 1, dtype=torch.bool)
+    script = importlib.import_module(name)
+    args = script.Args(memory=memory, hidden_size=4, mlp_size=8, num_layers=1, **flags)
+    box, discrete = gym.spaces.Box(-2, 2, (2,)), gym.spaces.Discrete(2)
+    actions = box if name in CONTINUOUS else discrete
+    return script.Agent(gym.spaces.Discrete(3), actions, args).double()
+
+
+OF_EACH_FAMILY = (  # and the number of its encoders
+    *(("ppo_recurrent_tbb", memory, {}, 1) for memory in ("lru", "lstm", "mingru")),
+    ("dqn_recurrent_sbb", "gru", {}, 1), ("sac_discrete_sbb", "gru", {"shared_encoder": False}, 2),
+    ("sac_discrete_sbb", "lru", {"shared_encoder": True}, 1), ("sac_gru", "gru", {}, 2),
+    ("td3_gru", "lru", {}, 2))
+
+
+@pytest.mark.parametrize("name, memory, flags, encoders", OF_EACH_FAMILY)
+def test_horizons_gradients_are_finite_differences_and_zero_across_a_start(name, memory, flags, encoders):
+    agent, of = agent_of(name, memory, **flags), horizon.OUTPUTS[name]
+    start = torch.zeros(10, 1, dtype=torch.bool)
     start[[0, 4]] = True
-    (norms,) = horizon.gradients(agent, x, start, [8])      # [2, T]
+    xs = [torch.rand(10, 1, 3, dtype=torch.float64) for _ in horizon.trunks_of(agent)]
+    assert len(xs) == encoders
+    (norms,) = horizon.gradients(of, agent, xs, start, [8])             # [outputs, T]
     assert (norms[:, :4] == 0).all() and (norms[:, 9:] == 0).all() and (norms[:, 4:9] > 0).all()
-    epsilon, numeric = 1e-6, torch.zeros(2, 10, 3, dtype=torch.float64)
-    for s in range(10):
-        for i in range(3):
-            dx = torch.zeros_like(x)
-            dx[s, 0, i] = epsilon
-            with torch.no_grad():
-                high = torch.stack(horizon.outputs(agent, x + dx, start))[:, 8]
-                low = torch.stack(horizon.outputs(agent, x - dx, start))[:, 8]
-            numeric[:, s, i] = (high - low) / (2 * epsilon)
+    epsilon, numeric = 1e-6, torch.zeros(len(norms), 10, 3, dtype=torch.float64)
+    for row, x in ((0, -1), (1, 0))[: len(norms)]:          # the value by the critics' features, the policy
+        for s in range(10):
+            for i in range(3):
+                at = []
+                for step in (epsilon, -epsilon):
+                    moved = [y.clone() for y in xs]
+                    moved[x][s, 0, i] += step
+                    with torch.no_grad():
+                        at.append(list(horizon.outputs(of, agent, moved, start).values())[row][8])
+                numeric[row, s, i] = (at[0] - at[1]) / (2 * epsilon)
     torch.testing.assert_close(norms, numeric.norm(dim=-1), rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", horizon.OUTPUTS)
+def test_horizon_of_no_memory_is_one_step(name):
+    agent = agent_of(name, "none")
+    start = torch.zeros(6, 1, dtype=torch.bool)
+    xs = [torch.rand(6, 1, 3, dtype=torch.float64) for _ in horizon.trunks_of(agent)]
+    curves = horizon.sensitivity(horizon.OUTPUTS[name], agent, xs, start, [3, 5])
+    assert len(curves) == (1 if name in DQN else 2)
+    assert (curves[:, 0] > 0).all() and (curves[:, 1:] == 0).all()
+
+
+@pytest.mark.parametrize("name", horizon.OUTPUTS)
+def test_horizons_outputs_are_what_the_agent_acts_by(name):
+    """What the script's own forward says of the value, and of the action that acts."""
+    agent, start = agent_of(name, "gru").float(), torch.zeros(5, 1, dtype=torch.bool)
+    start[0], obs = True, (torch.arange(5)[:, None] % 3,)
+    with torch.no_grad():
+        xs = [trunk.encoder(obs) for trunk in horizon.trunks_of(agent)]
+        out = horizon.outputs(horizon.OUTPUTS[name], agent, xs, start)
+        state = agent.memory.initial_state(1)
+        if name in CONTINUOUS:
+            policy, _ = agent.pi(obs, state, start)
+            action = policy if name == "td3_gru" else policy.mode()
+            value = torch.minimum(*agent.critics(agent.critics.histories(obs, start), action))
+            torch.testing.assert_close(out["policy"].tanh(), action[:, 0, 0])
+        elif name in DQN:
+            q, _ = agent(obs, state, start)
+            value = q.branches[0].amax(-1)
+        elif name == "sac_discrete_sbb":
+            policy, q1, q2, _ = agent(obs, state, start)
+            value = torch.minimum(q1.branches[0], q2.branches[0]).amax(-1)
+        else:
+            _, value, _ = agent(obs, state, start)
+    torch.testing.assert_close(out["value"], value[:, 0])
 
 
 def test_horizon_of_a_wrong_file_or_flag_is_one_sentence(tmp_path, model, capsys):
@@ -131,6 +185,24 @@ def test_horizon_report_and_sweep(tmp_path, model):
         assert [row[sweep[0]] for row in rows] == sweep[1:]
         assert all(-1 <= float(row["return"]) <= 1 for row in rows)
     assert (tmp_path / "horizon.png").exists() and (tmp_path / "sweep.png").exists()
+
+
+@pytest.mark.parametrize(
+    "script", ["dqn_recurrent_tbb", "sac_discrete_sbb", "sac_gru", "td3_gru"], indirect=True)
+def test_horizon_report_and_sweep_of_off_policy_models(tmp_path, script):
+    wipe = {"wipe_state_every": 4} if script.SCRIPT == "td3_gru" else {}
+    _, folder = run(tmp_path, script, **wipe)
+    name = "episode_length" if script.SCRIPT in CONTINUOUS else "max_steps"
+    flags = ["--model", str(folder / "model.safetensors"), "--out", str(tmp_path / "out")]
+    horizon.main([*flags, "--steps", "40", "--targets", "4"])
+    rows = list(csv.DictReader((tmp_path / "out/horizon.csv").open()))
+    assert list(rows[0]) == ["k", "value"] + ["policy"] * (script.SCRIPT not in DQN)
+    assert 1 < len(rows) <= (4 if wipe else 11)             # of the episode, or since the memory was wiped
+    assert all(float(value) > 0 for row in rows for column, value in row.items() if column != "k")
+    horizon.main([*flags, "--sweep", name, "6", "11", "--episodes", "8"])
+    rows = list(csv.DictReader((tmp_path / "out/sweep.csv").open()))
+    assert [row[name] for row in rows] == ["6", "11"]
+    assert (tmp_path / "out/horizon.png").exists() and (tmp_path / "out/sweep.png").exists()
 
 
 @pytest.mark.parametrize("memory", ["lstm", "lru"])

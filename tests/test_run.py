@@ -38,6 +38,8 @@ for step in range(begin + 1, int(args.steps) + 1):
         print(f"interrupted at step {step - 1}")
         sys.exit()
     time.sleep(float(args.pause))
+    while step == 100 and (run.parent / "hold").exists():
+        time.sleep(0.05)
     with progress.open("a") as f:
         f.write("global_step,charts/success\\n" * (step == 1) + f"{step},{int(args.seed) / step}\\n")
     checkpoint.with_suffix(".tmp").write_text(str(step))
@@ -70,7 +72,7 @@ lru = "lru"
 @pytest.fixture
 def start(tmp_path):
     """Starts run.py on the entries above."""
-    def start(*flags, steps=3, wrong="--wrong 1"):
+    def start(*flags, steps=3, wrong="--wrong 1", out=subprocess.PIPE):
         script, tasks = tmp_path / "fake.py", tmp_path / f"tasks {steps} {wrong}"
         if not tasks.exists():                              # another runner may be reading it
             script.write_text(SCRIPT)
@@ -80,7 +82,7 @@ def start(tmp_path):
         folders = ["--tasks", tasks, "--runs-dir", tmp_path / "runs"]
         command = [sys.executable, "benchmark/run.py", *folders, *flags]
         return subprocess.Popen(
-            [str(x) for x in command], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            [str(x) for x in command], cwd=ROOT, text=True, stdout=out, stderr=subprocess.PIPE,
             preexec_fn=ignore_ctrl_c)
 
     return start
@@ -155,16 +157,21 @@ def test_a_killed_suite_completes_only_what_is_missing(start, tmp_path):
     runs = tmp_path / "runs"
     assert start("--suite", "small", "--seeds", "2").wait() == 0
     untouched = {path: path.stat().st_mtime_ns for path in (runs / "quick__2").iterdir()}
+    (runs / "hold").touch()                                 # no run goes beyond its step 100
     runner = start("--suite", "small", steps=200)           # more steps, but seed 2 has finished
     wait_for(runs / "quick__1" / "checkpoint.pt")
     runner.kill()                                           # what it started continues
     runner.communicate()
-    second, third = start("--suite", "small", steps=200), start("--suite", "small", steps=200)
-    time.sleep(3)                                           # they wait for it
+    said = tmp_path / "second.txt", tmp_path / "third.txt"
+    second, third = (start("--suite", "small", steps=200, out=path.open("w")) for path in said)
+    for path in said:
+        wait_for(lambda: "quick__1: waits for another process" in path.read_text())
     assert not (runs / "quick__1" / "finished").exists()
     second.terminate()
     second.communicate()
-    out, error = third.communicate()
+    (runs / "hold").unlink()
+    _, error = third.communicate()
+    out = said[1].read_text()
     assert (second.returncode, third.returncode) == (130, 0), out + error
     assert "quick__1: finished" in out
     assert "1 finished before, 1 finished" in out

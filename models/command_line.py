@@ -1,0 +1,43 @@
+"""The command line, and what is said of a bad one: one sentence, exit code 2.
+
+Imports no torch: benchmark/run.py, plot.py and pages.py, which start at once, take it too.
+"""
+import contextlib
+import io
+import sys
+from pathlib import Path
+
+import tyro
+
+RUNNING = []  # the run of this process, if one has begun
+
+
+def fail(message):
+    """Bad input: one sentence, exit code 2. A run in which nothing was learned yet leaves nothing."""
+    while RUNNING:
+        RUNNING.pop().abandon()
+    message = message.replace("\0", "\\0")                  # a null byte cannot be seen
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def command_line(Args, argv=None, **kwargs):
+    """tyro's Args. Of what tyro says in a box of many lines when it refuses, the sentence."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(Args, args=argv, **kwargs)
+    except SystemExit as e:
+        if e.code != 2:                                     # --help
+            raise
+    fail(sentence_of(said.getvalue()))
+
+
+def sentence_of(box):
+    """The first paragraph below the title, and the flag that was meant."""
+    title, *lines = [line.strip("│╭╮╰╯ ") for line in box.strip().splitlines()]
+    lines = [line if line.strip("─-") else "" for line in lines]                # rules become empty
+    parts = "\n".join(lines).strip("\n").split("\n\n")
+    said, *more = [" ".join(part.split()) for part in parts]
+    meant = [part.split(":", 1)[1].split()[0] for part in more if part.startswith("Perhaps you meant:")]
+    return f"{said.rstrip('.')}: " + (f"perhaps you meant {meant[0]}, " if meant else "") + "see --help"
