@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from envs.vector import make_envs  # noqa: E402
 from models.command_line import command_line  # noqa: E402
+from models.files import write  # noqa: E402
 from models.flags import fail, load, parse, read_model  # noqa: E402
 from models.play import play  # noqa: E402
 from models.run_folder import make_agent  # noqa: E402
@@ -82,7 +83,8 @@ def main(argv=None):
         weights = metadata.pop("agent")
         flags = json.loads(metadata["args"]) | HERE
         path = MODELS / f"{entry}.safetensors"
-        safetensors.torch.save_file(weights, path, metadata | {"args": json.dumps(flags)})
+        metadata["args"] = json.dumps(flags)
+        write(path, lambda path: safetensors.torch.save_file(weights, path, metadata))
         (returns, _, successes), _ = measure(path, args.episodes)
         rows[entry] = {
             "entry": entry, "seed": args.seed, "script": metadata["script"], "task": flags["env_id"],
