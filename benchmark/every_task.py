@@ -39,7 +39,8 @@ import ppo_recurrent_tbb  # noqa: E402
 import sac_gru  # noqa: E402
 from envs.memory_gym import TASKS as MEMORY_GYM  # noqa: E402
 from envs.vector import import_module_of  # noqa: E402
-from models.files import command_line, write  # noqa: E402
+from models.command_line import command_line  # noqa: E402
+from models.files import write  # noqa: E402
 from models.flags import EMPTY, fail  # noqa: E402
 
 POPGYM = """
