@@ -34,6 +34,10 @@ class Views(gym.spaces.Discrete):
     def __repr__(self):
         return f"Views({self.n} pictures of {' x '.join(map(str, self.images.shape[1:]))})"
 
+    def __eq__(self, other):
+        """To an agent, which sees pixels, other pictures of this size are the same space."""
+        return isinstance(other, Views) and self.images.shape[1:] == other.images.shape[1:]
+
     @property
     def picture_space(self):
         """The space of the pictures themselves."""

@@ -122,6 +122,13 @@ def test_a_picture_is_encoded_once(monkeypatch):
     assert count() == [2, 2]
 
 
+@pytest.mark.quick
+def test_an_agent_plays_where_pictures_have_its_size():
+    """horizon.py --sweep asks for the same space."""
+    assert NUMBERED == Views(PICTURES[:3]) and NUMBERED != Views(PICTURES[:, :10])
+    assert NUMBERED != gym.spaces.Discrete(K) and repr(NUMBERED) == "Views(12 pictures of 20 x 20 x 3)"
+
+
 CASES = {"plain": {}, "inputs": {"prev_action": True, "prev_reward": True}}
 
 
