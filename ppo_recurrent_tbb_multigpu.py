@@ -184,8 +184,7 @@ def check(args):
              f"and a process has {args.num_envs // WORLD_SIZE} of --num-envs {args.num_envs}; lower the one "
              "or raise the other")
     if args.device in ("auto", "cuda") and 1 <= torch.cuda.device_count() <= LOCAL_RANK:
-        fail(f"--device {args.device}: there are fewer GPUs than processes; lower --nproc_per_node or use "
-             "--device cpu")
+        fail(f"--device {args.device}: fewer GPUs than processes; lower --nproc_per_node or use --device cpu")
 
 
 def join_processes(args):
@@ -205,9 +204,11 @@ def seed_processes(seed):
 
 
 def leave_processes():
-    """Not left to the interpreter's end: there gloo's threads, still running, would abort the process."""
+    """Python's end would now and then abort a process: gloo's threads live on and may free a tensor."""
     if WORLD_SIZE > 1:
         torch.distributed.destroy_process_group()
+    if RANK > 0:
+        os._exit(0)
 
 
 def gather(x):                                          # [T, N, ...] -> [T, WORLD_SIZE * N, ...]
