@@ -36,6 +36,7 @@ WORKS = (
     ("poc-gru", "PocMemory", None),
     ("cartpole", "CartPole without velocities", None),
     ("minigrid-symbolic", "MinigridMemory as symbols", None),
+    ("minigrid-rgb", "MinigridMemory as pictures", None),
     ("default", "RepeatPrevious, 4 steps back", None),
     ("repeat-previous-medium", "RepeatPrevious, 32 steps back", None),
     ("visual-match-60", "Visual Match, 60 steps", None),

@@ -43,7 +43,7 @@ from models.flags import EMPTY, fail  # noqa: E402
 TASKS = {
     "poc": ("PocMemory-v0", {}, 16, 128, 8, 32, 64, 0, 16),
     "cartpole": ("CartPoleMasked-v0", {}, 16, 256, 4, 64, 128, 0, 16),
-    "minigrid": ("MinigridMemory-v0", {}, 16, 256, 8, 256, 512, 512, 1),
+    "minigrid": ("MinigridMemory-v0", {"views": False}, 16, 256, 8, 256, 512, 512, 1),
     "repeat": ("popgym-RepeatPreviousEasy-v0", {}, 64, 128, 4, 64, 64, 0, 4),
 }
 TAPES = ((2_048, 1), (128, 16))  # T, B of --memories

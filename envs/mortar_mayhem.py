@@ -37,7 +37,7 @@ from models.views import Views
 COMMANDS = {  # name: steps to the right and down
     "right": (1, 0), "down": (0, 1), "left": (-1, 0), "up": (0, -1), "stay": (0, 0),
     "right_down": (1, 1), "right_up": (1, -1), "left_down": (-1, 1), "left_up": (-1, -1)}
-ONE_HOT = np.eye(9, dtype=np.float32)[[1, 4, 2, 3, 0, 5, 6, 7, 8]]              # task B's of each command
+ONE_HOT = np.eye(9, dtype=np.float32)[[1, 4, 2, 3, 0, 5, 6, 7, 8]]  # task B's of each command
 FACING = (0, -1), (-1, 0), (0, 1), (1, 0)  # up, left, down, right: after 0, 1, 2, 3 turns to the left
 TURNS_LEFT = np.array([0, 1, 3, 0])  # of each action
 FORWARD = 3
@@ -66,10 +66,10 @@ def beside(directions):
 
 AFTER = beside(COMMANDS.values())                           # [cells, 9]
 AHEAD = beside(FACING)                                      # [cells, 4]
-AHEAD = np.where(AHEAD < 0, np.arange(len(CELLS))[:, None], AHEAD)              # a wall: the agent stays
+AHEAD = np.where(AHEAD < 0, np.arange(len(CELLS))[:, None], AHEAD)  # a wall: the agent stays
 POSSIBLE = np.argsort(AFTER < 0, axis=1, kind="stable")     # [cells, 9] the possible commands come first
 NUM_POSSIBLE = np.cumsum(AFTER >= 0, axis=1)                # [cells, 9] among the first 1, 2, ..., 9
-TILE = np.array([NUMBER[cell] - FIRST_CELL[cell[0]] for cell in CELLS])         # its number in its arena
+TILE = np.array([NUMBER[cell] - FIRST_CELL[cell[0]] for cell in CELLS])  # its number in its arena
 
 
 @functools.cache
@@ -252,7 +252,8 @@ class MortarMayhemGridBatch(BatchEnv):
         """[N] the command that is shown; -1: none."""
         k = self.t // self.show_every
         is_shown = (k < self.count) & (self.t % self.show_every < self.show_steps)
-        return np.where(is_shown, self.commands[np.arange(self.num_envs), np.minimum(k, MAX_COMMANDS)], -1)
+        k = np.minimum(k, MAX_COMMANDS)
+        return np.where(is_shown, self.commands[np.arange(self.num_envs), k], -1)
 
     def number(self):
         """[N] which picture is seen."""

@@ -58,7 +58,8 @@ def near(cell, offsets):
 
 
 BESIDE = [near(cell, (RIGHT, LEFT, DOWN, UP)) for cell in range(GRID**2)]
-TOUCHING = [near(cell, [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1) if i or j]) for cell in range(GRID**2)]
+AROUND = [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1) if i or j]
+TOUCHING = [near(cell, AROUND) for cell in range(GRID**2)]
 AHEAD = np.array([[(*near(cell, [way]), cell)[0] for way in DIRECTIONS] for cell in range(GRID**2)])
 
 
@@ -76,7 +77,8 @@ def draw_path(rng, origin, goal):
     It is an A* with noise between random walls. It differs from the textbook's: of the open cells it takes
     the first that looks better than the oldest one, and a cell reached more cheaply keeps its old cost.
     """
-    walls = {cell for cell, percent in zip(INNER, rng.integers(100, size=16).tolist()) if percent < 33}
+    percents = rng.integers(100, size=16).tolist()
+    walls = {cell for cell, percent in zip(INNER, percents) if percent < 33}
     kept_free = {origin, goal, *BESIDE[origin], *BESIDE[goal]}
     edge = [cell for cell in EDGE if cell not in kept_free and walls.isdisjoint(TOUCHING[cell])]
     for _ in range(4 + 4 * rng.integers(2)):
@@ -150,7 +152,8 @@ class MysteryPathGridBatch(BatchEnv):
 
     def __init__(self, num_envs=1, views=True, **kwargs):
         space = Views(draw_pictures())
-        super().__init__(space if views else space.picture_space, gym.spaces.Discrete(4), num_envs, **kwargs)
+        space = space if views else space.picture_space
+        super().__init__(space, gym.spaces.Discrete(4), num_envs, **kwargs)
         self.numbered = views
         self.t = np.zeros(num_envs, int)                    # [N]
         self.num_fails = np.zeros(num_envs, int)            # [N]

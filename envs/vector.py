@@ -51,7 +51,7 @@ def make_vector(args, num_envs, training, render_mode):
         return BatchResetOptions(envs, options) if options else envs
     if render_mode:
         kwargs = {**kwargs, "render_mode": render_mode}
-    wrappers = [] if ours else [in_symbols, Guest]          # with Checked, in place of Gymnasium's checker
+    wrappers = [] if ours else [in_symbols, Guest]          # with Checked, instead of Gymnasium's own
     if options:
         wrappers.append(functools.partial(ResetOptions, options=options))
     envs = gym.make_vec(
@@ -125,7 +125,8 @@ class Episodes(gym.vector.VectorWrapper):
         return {
             "task": json.dumps(self.task), "recent": list(self.recent),
             "returns": torch.as_tensor(self.returns), "lengths": torch.as_tensor(self.lengths),
-            "batch": {name: x if isinstance(x, str) else torch.as_tensor(x) for name, x in batch.items()}}
+            "batch": {
+                name: x if isinstance(x, str) else torch.as_tensor(x) for name, x in batch.items()}}
 
     def load_state_dict(self, saved):
         """Returns whether the running episodes continue; otherwise the caller begins new ones."""

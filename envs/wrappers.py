@@ -46,7 +46,8 @@ def length_of(mission):
     """The most words that a mission of this space has."""
     if isinstance(mission, BabyAIMissionSpace):             # "put a red ball in front of you next to a box
         return 72                                           # on your left", four times, with an and, a then
-    longest = [max(words, key=lambda text: len(text.split())) for words in mission.ordered_placeholders or ()]
+    placeholders = mission.ordered_placeholders or ()
+    longest = [max(words, key=lambda text: len(text.split())) for words in placeholders]
     return len(mission.mission_func(*longest).split())
 
 
@@ -59,8 +60,8 @@ def in_symbols(env):
 
 @functools.cache
 def say_that_masks_are_ignored():
-    tqdm.write("warning: the task gives an action_mask, and no script applies it: what it forbids is tried "
-               "as any other action is")
+    tqdm.write("warning: the task gives an action_mask, and no script applies it: "
+               "what it forbids is tried as any other action is")
 
 
 class Guest(gym.Wrapper):
@@ -115,9 +116,9 @@ class Checked(gym.vector.VectorWrapper):
     def check(self, obs):
         found = leaves(self.single_observation_space, obs)
         for name, space, bounds, leaf in zip(self.names, self.spaces, self.bounds, found):
-            if bounds is None or (leaf.dtype.kind == "f" and np.isfinite(leaf.sum())):      # the usual case
+            if bounds is None or (leaf.dtype.kind == "f" and np.isfinite(leaf.sum())):
                 continue
-            inside = (leaf >= bounds[0]) & (leaf <= bounds[1])                  # nan is in no bounds
+            inside = (leaf >= bounds[0]) & (leaf <= bounds[1])  # nan is in no bounds
             if not inside.all():
                 outside = ~inside.reshape(len(leaf), -1).all(1)                 # [N]
                 self.refuse(outside, leaf, f"left its space {name}{space} with")
@@ -133,7 +134,8 @@ def names_of(space, name=""):
     if parts is None:
         return [f"{name}: " if name else ""]
     parts = parts if isinstance(space, gym.spaces.Dict) else dict(enumerate(parts))
-    return sum((names_of(part, f"{name}[{key}]" if name else f"{key}") for key, part in parts.items()), [])
+    names = {key: f"{name}[{key}]" if name else f"{key}" for key in parts}
+    return sum((names_of(part, names[key]) for key, part in parts.items()), [])
 
 
 def bounds_of(space):
@@ -143,7 +145,7 @@ def bounds_of(space):
     if isinstance(space, gym.spaces.MultiDiscrete):
         return space.start, space.start + space.nvec - 1
     if np.issubdtype(space.dtype, np.floating):
-        largest = np.finfo(space.dtype).max                 # others' Boxes are rarely exact: finite is enough
+        largest = np.finfo(space.dtype).max                 # others' Boxes are rarely exact
         return -largest, largest
     return None
 
@@ -205,7 +207,8 @@ class PreviousActionReward(gym.vector.VectorWrapper):
         if action and isinstance(space, gym.spaces.Discrete):
             parts.append(gym.spaces.Discrete(int(space.n) + 1, start=int(space.start) - 1))
         elif action and isinstance(space, gym.spaces.MultiDiscrete):
-            nvec, start = space.nvec.astype(np.int64), space.start.astype(np.int64)         # uint8 has no -1
+            nvec = space.nvec.astype(np.int64)
+            start = space.start.astype(np.int64)            # uint8 has no -1
             parts.append(gym.spaces.MultiDiscrete(nvec + 1, start=start - 1))
         elif action:
             low, high = space.low.astype(float), space.high.astype(float)
@@ -248,7 +251,7 @@ class PreviousActionReward(gym.vector.VectorWrapper):
             actions = (actions - self.centre) / self.scale
         self.last_actions = np.array(actions, self.no_action.dtype)
         self.last_rewards = np.array(rewards)
-        for i in np.flatnonzero(infos.get("_final_obs", [])):               # obs[i] opens an episode
+        for i in np.flatnonzero(infos.get("_final_obs", [])):   # obs[i] opens an episode
             final_obs = infos["final_obs"][i]
             infos["final_obs"][i] = self.join(final_obs, self.last_actions[i], self.last_rewards[i])
             self.last_actions[i], self.last_rewards[i] = self.no_action, 0

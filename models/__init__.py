@@ -9,5 +9,5 @@ from models.running_stats import RunningMeanStd
 from models.scan import linear_scan
 from models.trunks import Trunk, Trunks
 
-__all__ = ["MEMORIES", "Encoder", "PolicyHead", "QHead", "RunningMeanStd", "SquashedGaussian", "Trunk",
-           "Trunks", "init", "keep_freed_memory", "linear_scan", "mlp", "to_tensors"]
+__all__ = ["MEMORIES", "Encoder", "PolicyHead", "QHead", "RunningMeanStd", "SquashedGaussian",
+           "Trunk", "Trunks", "init", "keep_freed_memory", "linear_scan", "mlp", "to_tensors"]

@@ -39,5 +39,6 @@ def sentence_of(box):
     lines = [line if line.strip("─-") else "" for line in lines]                # rules become empty
     parts = "\n".join(lines).strip("\n").split("\n\n")
     said, *more = [" ".join(part.split()) for part in parts]
-    meant = [part.split(":", 1)[1].split()[0] for part in more if part.startswith("Perhaps you meant:")]
-    return f"{said.rstrip('.')}: " + (f"perhaps you meant {meant[0]}, " if meant else "") + "see --help"
+    hints = [part for part in more if part.startswith("Perhaps you meant:")]
+    meant = "".join(f"perhaps you meant {hint.split(':', 1)[1].split()[0]}, " for hint in hints[:1])
+    return f"{said.rstrip('.')}: {meant}see --help"

@@ -25,7 +25,8 @@ MOST = {  # no run can mean more
     **dict.fromkeys(("batch_size", "tape_len", "seq_len"), 2**22)}
 LAYOUT = "2"  # of model and checkpoint files; raised when what they hold changes
 HELD = {  # by checkpoints
-    **dict.fromkeys(("global_step", "gradient_steps"), int), "seconds": (int, float), "stats": (list, tuple),
+    **dict.fromkeys(("global_step", "gradient_steps"), int),
+    "seconds": (int, float), "stats": (list, tuple),
     **dict.fromkeys(("optimizer", "target", "replay", "envs"), dict), "optimizers": list,
     **dict.fromkeys(("carried", "rng"), tuple)}
 
@@ -44,7 +45,7 @@ Finite = number(float, -1e9, 1e9)
 
 
 def schedule_complaint(schedule):
-    """(initial, final, power, decay steps) as `polynomial` in the scripts; the last three may be left out."""
+    """(initial, final, power, decay steps) as `polynomial` in the scripts; only the first is needed."""
     rates, shape = schedule[:2], schedule[2:]
     in_range = all(0 <= v < 1e9 for v in rates) and all(0 < v < 1e12 for v in shape)
     if 1 <= len(schedule) <= 4 and in_range:
@@ -80,7 +81,8 @@ def refused_in_one_sentence(what):
         yield
     except Exception as e:
         message = " ".join(str(e).split())
-        if not message or not isinstance(e, (ValueError, RuntimeError, gym.error.Error)):   # not on purpose
+        on_purpose = isinstance(e, (ValueError, RuntimeError, gym.error.Error))
+        if not message or not on_purpose:
             place = traceback.extract_tb(e.__traceback__)[-1]
             message = f"{type(e).__name__} {message} ({Path(place.filename).name}, line {place.lineno})"
         fail(f"{what} does not work: {message}")
@@ -136,7 +138,7 @@ def args_of(Args, saved, path):
     for name, hint in typing.get_type_hints(Args, include_extras=True).items():
         if name in flags and not is_a(flags[name], hint):
             flag = f"--{name.replace('_', '-')} {json.dumps(flags[name])}"
-            fail(f"{path} holds {flag}, which is of another type: it is damaged or another program's")
+            fail(f"{path} holds {flag} of another type: it is damaged or another program's")
     return Args(**flags)
 
 
@@ -168,15 +170,15 @@ def load(flag, path, read, script):
         made_by = saved["script"]
         dict(json.loads(saved["args"]))
     except FileNotFoundError:
-        fail(f"{flag} {path or EMPTY} does not exist; training ends by printing what to play and what to "
-             "resume")
+        fail(f"{flag} {path or EMPTY} does not exist; "
+             "training ends by printing what to play and what to resume")
     except Exception as e:                                  # damaged files raise all kinds
         fail(f"{flag} {path} cannot be read ({type(e).__name__}): it is damaged or another program's")
     if made_by != script:
         fail(f"{flag} {path} was trained by {made_by}: use python {made_by}.py")
     if flag == "--resume" and saved.get("layout") != LAYOUT:
-        fail(f"{flag} {path} was made by an older version of {script}.py and cannot be continued by this "
-             "one: train again, or continue it with that version")
+        fail(f"{flag} {path} was made by an older version of {script}.py and cannot be "
+             "continued by this one: train again, or continue it with that version")
     for key in HELD.keys() & saved.keys() if flag == "--resume" else ():
         if not isinstance(saved[key], HELD[key]):
             fail(f"{flag} {path} holds a {key} of another type: it is damaged or another program's")

@@ -9,7 +9,7 @@ from tqdm import tqdm
 from models.encoder import to_tensors
 from models.run_folder import write
 
-LIMIT = 100_000  # steps
+LIMIT = 100_000  # steps of an episode, where the task does not set a longer one
 
 
 @torch.no_grad()
@@ -18,13 +18,15 @@ def play(agent, envs, episodes, seed, show=lambda: None):
 
     agent: has memory.initial_state(N) and act(obs, state, start); with a `wipe_state_every` it also forgets
     after so many steps. Every environment plays its share: stopping at the first `episodes` to finish would
-    favour short ones. An episode without an end counts as it stands after LIMIT steps.
+    favour short ones. An episode without an end counts as it stands after LIMIT steps, or after the
+    task's own limit if that is longer.
     """
     N, device = envs.num_envs, next(agent.parameters()).device
     left = np.bincount(np.arange(episodes) % N, minlength=N)    # [N] episodes to play
     wipe_every = getattr(agent, "wipe_state_every", 0)
     state, start = agent.memory.initial_state(N), np.ones(N, bool)
     returns, lengths, results = np.zeros(N), np.zeros(N), []
+    limit = max(LIMIT, limit_of(envs))
     obs, _ = envs.reset(seed=seed)
     while left.any():
         show()
@@ -34,9 +36,9 @@ def play(agent, envs, episodes, seed, show=lambda: None):
         action, state = agent.act(obs, state, torch.as_tensor(start, device=device))
         obs, reward, terminated, truncated, infos = envs.step(action)
         returns, lengths = returns + reward, lengths + 1
-        start = terminated | truncated | (lengths == LIMIT)
-        if lengths.max() == LIMIT:
-            tqdm.write(f"an episode was cut after {LIMIT:,} steps: give the task a limit of its own, as "
+        start = terminated | truncated | (lengths == limit)
+        if not (terminated | truncated)[lengths == limit].all():
+            tqdm.write(f"an episode was cut after {limit:,} steps: give the task a limit of its own, as "
                        """--env-kwargs '{"max_episode_steps": 1000}'""")
         if start.any():
             show()
@@ -47,6 +49,12 @@ def play(agent, envs, episodes, seed, show=lambda: None):
             returns[start], lengths[start] = 0, 0
             obs, _ = envs.reset(options={"reset_mask": start})
     return np.array(results).T                              # [3, episodes]
+
+
+def limit_of(envs):
+    """The time limit that Gymnasium puts on an episode; 0: none."""
+    env, *_ = getattr(envs.unwrapped, "envs", [envs])
+    return (env.spec and env.spec.max_episode_steps) or 0
 
 
 def enjoy(agent, envs, args):

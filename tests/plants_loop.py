@@ -285,6 +285,15 @@ def not_finite_goes_unnoticed():
     Run.stop_if_not_finite = lambda self, loss, global_step: None
 
 
+@plant("optimizer steps are not counted: pictures stay as other weights saw them",
+       "PITFALL in models/views.py",
+       "test_views.py::test_no_picture_is_remembered_from_other_weights[fused_step]")
+def pictures_of_other_weights():
+    import models.views  # noqa: F401
+
+    sys.modules["torch.optim.optimizer"]._global_optimizer_post_hooks.clear()
+
+
 @plant("MiniGrid's image has bounds of 0 and 255", "PITFALL in envs/wrappers.py",
        "test_spaces.py::test_minigrid_is_read_as_symbols")
 def symbols_as_picture():

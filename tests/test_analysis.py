@@ -238,6 +238,14 @@ def test_truncation_by_default_gives_all_places_in_a_segment_the_same_weight():
         assert truncation.by_distance(pairs, args.distance) == pytest.approx(expected)
 
 
+def test_what_is_compared_on_images_shows_images():
+    """RecurrentPPO would take numbered pictures (Views) for a Discrete."""
+    for env_id, kwargs, *_, encoder, _ in speed.TASKS.values():
+        if encoder:
+            space = gym.make(env_id, **kwargs).observation_space
+            assert isinstance(space, gym.spaces.Box) and len(space.shape) == 3
+
+
 @pytest.mark.parametrize("name", speed.OFF_POLICY)
 def test_off_policy_runs_of_speed_train_as_often_and_on_as_many_steps_as_it_says(
         name, tmp_path, monkeypatch):

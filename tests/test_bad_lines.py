@@ -349,27 +349,29 @@ def test_a_checkpoint_without_weights_is_refused(script, tmp_path, monkeypatch, 
 
 # ---------------------------------------------------------------------- damaged in part
 
-@pytest.mark.parametrize("script", ["ppo_recurrent_tbb", "dqn_recurrent_sbb", "sac_gru"], indirect=True)
-def test_what_a_checkpoint_lacks_is_named(script, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def checkpoint_of(script, tmp_path, capsys):
+    """A run's folder, what its checkpoint holds, and the keys that a resume continues from."""
     _, folder = run(tmp_path, script)
     saved = read_checkpoint(folder)
     capsys.readouterr()
-    for key in saved.keys() - {"script", "layout", "args", "agent"}:
+    for_people = {"torch", "gymnasium", "observation_space", "action_space"}
+    return folder, saved, saved.keys() - for_people - {"script", "layout", "args", "agent"}
+
+
+@pytest.mark.parametrize("script", ["ppo_recurrent_tbb", "dqn_recurrent_sbb", "sac_gru"], indirect=True)
+def test_what_a_checkpoint_lacks_is_named(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder, saved, used = checkpoint_of(script, tmp_path, capsys)
+    for key in used:
         torch.save({name: x for name, x in saved.items() if name != key}, folder / "checkpoint.pt")
-        if key not in ("torch", "gymnasium", "observation_space", "action_space"):       # for people to read
-            assert_refused(script, ["--resume", str(folder), "--total-timesteps", "512"], f"no {key}", capsys)
+        assert_refused(script, ["--resume", str(folder), "--total-timesteps", "512"], f"no {key}", capsys)
     assert json.loads((folder / "args.json").read_text()) and not list(folder.glob("*.tmp"))
 
 
 @pytest.mark.parametrize("script", ["ppo_recurrent_tbb", "dqn_recurrent_sbb", "td3_gru"], indirect=True)
 def test_what_is_of_another_type_in_a_checkpoint_is_named(script, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    _, folder = run(tmp_path, script)
-    saved = read_checkpoint(folder)
-    capsys.readouterr()
-    used = saved.keys() - {"script", "layout", "args", "agent"}
-    used -= {"torch", "gymnasium", "observation_space", "action_space"}         # for people to read
+    folder, saved, used = checkpoint_of(script, tmp_path, capsys)
     assert used == HELD.keys() & saved.keys()
     for key in used:
         for other in ("text", {"a": 1}, [1]):

@@ -184,6 +184,10 @@ def test_long_episodes_are_played_to_their_end_and_endless_ones_are_cut_aloud(ca
     monkeypatch.setattr(play, "LIMIT", 40)
     assert play.play(agent, envs, 1, seed=0)[:2].T.tolist() == [[40, 40]]
     assert "an episode was cut after 40 steps" in "".join(capsys.readouterr())
+    args.env_kwargs["max_episode_steps"] = 60               # the task's own limit counts
+    envs = vector.make_envs(args, 1, training=False)
+    assert play.play(agent, envs, 1, seed=0)[:2].T.tolist() == [[60, 60]]
+    assert "cut" not in "".join(capsys.readouterr())
 
 
 @pytest.mark.quick
