@@ -78,6 +78,11 @@ class MemoryGym(gym.Wrapper):
         obs, reward, terminated, truncated, info = self.env.step(action)
         return self.copy(obs), float(reward), terminated, truncated, info
 
+    def close(self):
+        """Closes its window only. Memory Gym's own close() quits pygame, for all tasks of the process."""
+        if self.unwrapped.debug_window is not None:
+            self.unwrapped.debug_window.destroy()
+
     @staticmethod
     def copy(obs):
         return {k: v.copy() for k, v in obs.items()} if isinstance(obs, dict) else obs.copy()

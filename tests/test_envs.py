@@ -389,6 +389,16 @@ def test_memory_gym_by_its_own_names(env_id):
 
 
 @needs_memory_gym
+@pytest.mark.parametrize("env_id", sorted(MEMORY_GYM))
+def test_memory_gym_closes_no_other_task(env_id):
+    first, second = gym.make(env_id), gym.make("MysteryPath-v0")
+    first.reset(seed=0)
+    second.close()                                          # as --capture-video closes one
+    first.step(first.action_space.sample())
+    first.close()
+
+
+@needs_memory_gym
 def test_an_id_of_ours_stays_ours():
     code = ("import gymnasium as gym, envs; gym.make('memory_gym/MysteryPath-Grid-v0'); "
             "print(gym.spec('MysteryPath-Grid-v0').entry_point, gym.spec('MysteryPath-v0').entry_point)")
