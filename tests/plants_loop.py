@@ -557,7 +557,7 @@ of_processes("kl-of-the-first", "--target-kl looks at the first process only",
 of_processes("environments-alike", "all processes seed their environments alike",
              "args.seed + RANK * N", "args.seed")
 of_processes("actions-alike", "all processes draw the same actions",
-             "if RANK > 0:", "if False:",
+             "torch.manual_seed(seed + RANK)", "pass",
              "test_distributed.py::test_processes_play_different_episodes_and_a_resume_begins_new_ones")
 of_processes("weights-differ", "processes begin with weights of their own",
              "torch.manual_seed(args.seed)\n", "torch.manual_seed(args.seed + RANK)\n")

@@ -1,5 +1,6 @@
 """benchmark/pages.py: the generated parts of README.md and docs/ are those of the committed files."""
 import csv
+import os
 import re
 import sys
 
@@ -11,7 +12,7 @@ sys.path.insert(0, str(ROOT / "benchmark"))
 import pages  # noqa: E402
 from run import entries  # noqa: E402
 
-from tests.plant import plants  # noqa: E402
+from tests.plant import can_be_planted, plants  # noqa: E402
 
 pytestmark = pytest.mark.quick
 TEXTS = {page.name: page.read_text() for page in pages.PAGES}
@@ -40,6 +41,11 @@ def test_what_works_was_solved_by_more_than_half_of_the_seeds():
     for line in pages.works().splitlines()[2:]:
         solved, seeds = re.search(r"(\d+) of (\d+)", line).groups()
         assert int(solved) > int(seeds) / 2, line
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="plant.py forks")
+def test_what_plants_change_is_still_there():
+    assert not [name for name in plants() if not can_be_planted(name)]
 
 
 def test_the_page_of_known_bugs_says_how_many_are_planted():
