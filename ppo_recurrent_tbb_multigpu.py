@@ -4,9 +4,8 @@
     python ppo_recurrent_tbb_multigpu.py --model runs/.../model.safetensors       watches the trained agent
 
 Every process steps its share of the environments, as in CleanRL's ppo_atari_multigpu.py. Gradients are
-averaged, advantages and statistics are those of all environments: up to rounding, the weights are what one
-process makes of the same batch. That is exact because losses are means over equally many steps in every
-process. (Segments would not do: their numbers of real steps differ.) With --device cpu they share the CPU.
+averaged, advantages and statistics are those of all environments. Up to rounding the weights are those of one
+process with the same batch: losses are means over equally many steps in each. On --device cpu they share it.
 
 Symbols: T rollout steps, N environments of this process, P earlier steps of unfinished episodes
 (--full-episodes), b columns of a minibatch, H hidden size. Sequences are time-major: [T, N, ...].
@@ -42,6 +41,7 @@ class Args:
     env_id: str = "popgym-RepeatPreviousEasy-v0"  # any Gymnasium id
     env_kwargs: Json = field(default_factory=dict)  # passed to the task's constructor
     reset_options: Json = field(default_factory=dict)  # passed to every reset(options=...)
+    shrink_images: Count = 1  # each square of so many pixels becomes its mean; 1: as they are
     seed: Whole = 1  # of environments, network and sampling
     device: str = "auto"  # auto (cuda if there is one), cpu, cuda, cuda:1
     num_threads: Count = 1  # torch threads; more than one is worth it for images

@@ -12,7 +12,8 @@ import torch
 from gymnasium.vector import AutoresetMode
 
 from envs.batch import BatchEnv
-from envs.wrappers import BatchResetOptions, Checked, Guest, PreviousActionReward, ResetOptions, in_symbols
+from envs.wrappers import (
+    BatchResetOptions, Checked, Guest, PreviousActionReward, ResetOptions, ShrunkImages, in_symbols)
 from models.flags import fail, refused_in_one_sentence
 
 
@@ -25,6 +26,8 @@ def make_envs(args, num_envs, training=True, render_mode=None):
             f"{json.dumps(args.reset_options)}")
     with refused_in_one_sentence(what):
         envs = Checked(make_vector(args, num_envs, training, render_mode))
+        if args.shrink_images > 1:
+            envs = ShrunkImages(envs, args.shrink_images)
         if args.prev_action or args.prev_reward:
             envs = PreviousActionReward(envs, args.prev_action, args.prev_reward)
         envs = Episodes(envs, [args.env_id, args.env_kwargs, num_envs])

@@ -1,4 +1,4 @@
-"""Wrappers around tasks: other people's at the door, fixed reset options, previous action and reward."""
+"""Wrappers around tasks: other people's at the door, reset options, smaller pictures, previous action."""
 import functools
 import re
 
@@ -12,6 +12,8 @@ from tqdm import tqdm
 
 from models.encoder import leaves
 from models.flags import fail
+from models.images import channels_last, is_picture
+from models.views import Views
 
 WORDS = """a after and at avoid ball behind blue box door end fetch find from front get go goal green grey
     hallway in key lava left matching maze must near next object of on open opening pick purple put reach red
@@ -187,6 +189,67 @@ class BatchResetOptions(gym.vector.VectorWrapper):
 
     def reset(self, *, seed=None, options=None):
         return self.env.reset(seed=seed, options={**self.options, **(options or {})})
+
+
+class ShrunkImages(gym.vector.VectorWrapper):
+    """Every square of `factor` x `factor` pixels becomes their mean; rows and columns left over are cut.
+
+    Numbered pictures (Views) are shrunk once, and their numbers stay.
+    """
+
+    def __init__(self, envs, factor):
+        super().__init__(envs)
+        self.factor = factor
+        whole = envs.single_observation_space
+        pictures = [space for space in leaves(whole) if isinstance(space, Views) or is_image(space)]
+        if not pictures:
+            raise ValueError("--shrink-images finds no picture in what the task shows; leave it out")
+        self.single_observation_space = self.shrunk_space(whole)
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
+
+    def shrunk_space(self, space):
+        if isinstance(space, gym.spaces.Dict):
+            return gym.spaces.Dict({name: self.shrunk_space(part) for name, part in space.items()})
+        if isinstance(space, gym.spaces.Tuple):
+            return gym.spaces.Tuple([self.shrunk_space(part) for part in space])
+        if isinstance(space, Views):
+            return Views(self.shrink(space.images, space.picture_space))
+        if not is_image(space):
+            return space
+        shape = self.shrink(np.zeros(space.shape, space.dtype), space).shape
+        return gym.spaces.Box(space.low.min(), space.high.max(), shape, space.dtype)
+
+    def shrink(self, obs, space):
+        """An observation of this space, single or batched."""
+        if isinstance(space, gym.spaces.Dict):
+            return {name: self.shrink(obs[name], part) for name, part in space.items()}
+        if isinstance(space, gym.spaces.Tuple):
+            return tuple(self.shrink(o, part) for o, part in zip(obs, space))
+        if not is_image(space):
+            return obs
+        last, k = channels_last(space.shape) and len(space.shape) > 2, self.factor
+        x = np.moveaxis(obs, -1, -3) if last else obs       # [..., H, W]
+        h, w = x.shape[-2] // k, x.shape[-1] // k
+        if not h or not w:
+            raise ValueError(f"--shrink-images {k} leaves nothing of pictures of {x.shape[-2]} x {x.shape[-1]}")
+        x = x[..., :h * k, :w * k].reshape(*x.shape[:-2], h, k, w, k).mean((-3, -1), dtype=np.float32)
+        x = x.round() if np.issubdtype(obs.dtype, np.integer) else x
+        return np.ascontiguousarray(np.moveaxis(x, -3, -1) if last else x, obs.dtype)
+
+    def reset(self, *, seed=None, options=None):
+        obs, infos = self.env.reset(seed=seed, options=options)
+        return self.shrink(obs, self.env.single_observation_space), infos
+
+    def step(self, actions):
+        obs, rewards, terminated, truncated, infos = self.env.step(actions)
+        space = self.env.single_observation_space
+        for i in np.flatnonzero(infos.get("_final_obs", [])):
+            infos["final_obs"][i] = self.shrink(infos["final_obs"][i], space)
+        return self.shrink(obs, space), rewards, terminated, truncated, infos
+
+
+def is_image(space):
+    return isinstance(space, gym.spaces.Box) and is_picture(space)
 
 
 class PreviousActionReward(gym.vector.VectorWrapper):

@@ -15,22 +15,26 @@ def is_picture(space):
     return len(space.shape) in (3, 4)
 
 
+def channels_last(shape):
+    """Whether a picture's shape ends in its channels: C is last if H = W, or smaller than H and not W."""
+    h, w, c = (*shape, 1)[-3:] if len(shape) == 2 else shape[-3:]
+    return h == w or (w != c and c < h)
+
+
 class Image(nn.Module):
     """Images [..., H, W, C] or [..., C, H, W] -> features. Integers and 0 to 255 are divided by their bound.
 
     [..., H, W] has one channel. Of a stack [..., K, H, W, C] or [..., K, C, H, W] all are channels.
 
-    From 36 pixels on: the three layers of Mnih et al. 2015 (Nature). Below: three 3x3 layers. The
-    order is guessed from the sizes: C is last if H = W, or else if it is smaller than H and not
-    equal to W.
+    From 36 pixels on: the three layers of Mnih et al. 2015 (Nature). Below: three 3x3 layers.
     """
 
     def __init__(self, space):
         super().__init__()
         self.shape = (*space.shape, 1) if len(space.shape) == 2 else space.shape
         self.ndim = len(space.shape)
+        self.channels_last = channels_last(self.shape)
         h, w, c = self.shape[-3:]
-        self.channels_last = h == w or (w != c and c < h) or self.ndim == 2
         if not self.channels_last:
             c, h, w = self.shape[-3:]
         c *= math.prod(self.shape[:-3])                     # K

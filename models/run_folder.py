@@ -31,8 +31,8 @@ from models.flags import LAYOUT, fail, pick_device, refused_in_one_sentence
 
 LAPS = "policy", "env", "batch", "update", "log"  # what the time of a run is spent on
 NETWORK = (  # flags that its sizes depend on
-    "env_id", "env_kwargs", "memory", "hidden_size", "num_layers", "memory_kwargs", "encoder_size",
-    "mlp_size", "prev_action", "prev_reward", "norm_obs", "shared_encoder")
+    "env_id", "env_kwargs", "shrink_images", "memory", "hidden_size", "num_layers", "memory_kwargs",
+    "encoder_size", "mlp_size", "prev_action", "prev_reward", "norm_obs", "shared_encoder")
 SHOWN = {"SPS": "charts/SPS", "return": "charts/episodic_return", "success": "charts/success"}
 
 

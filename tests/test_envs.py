@@ -179,7 +179,7 @@ def test_no_phantom_transition(env_id):
 def test_no_phantom_transition_in_other_peoples_tasks():
     """What make_envs trains on: an episode's last step is followed by the next one's first."""
     args = SimpleNamespace(env_id="CartPole-v1", env_kwargs={"max_episode_steps": 3}, reset_options={},
-                           seed=1, prev_action=False, prev_reward=False)
+                           shrink_images=1, seed=1, prev_action=False, prev_reward=False)
     envs = make_envs(args, 2)
     envs.reset(seed=0)
     steps = [envs.step(np.array([t % 2, t % 2])) for t in range(12)]

@@ -279,7 +279,7 @@ def test_capture_video_needs_a_task_that_draws(script, tmp_path, capsys):
 ])
 def test_every_kind_of_task_trains_and_plays(script, tmp_path, env_id, capsys):
     changes = dict(
-        env_id=env_id, env_kwargs={}, prev_action=True, prev_reward=True,
+        env_id=env_id, env_kwargs={}, shrink_images=1, prev_action=True, prev_reward=True,
         eval_every=ROW, eval_episodes=2)
     fits = ("Pendulum" in env_id) == (script.SCRIPT in CONTINUOUS)
     if script.SCRIPT in OFF_POLICY and not fits:

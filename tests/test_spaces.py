@@ -209,3 +209,72 @@ def test_the_leaf_that_left_its_space_is_named(tmp_path, capsys):
         run(tmp_path, ppo, env_id="Hand-v0", env_kwargs={})
     error = capsys.readouterr().err
     assert "left its space hand[1]: MultiDiscrete([6 2]) with [6 1] in environment 0" in error
+
+
+class Gallery(Stranger):
+    """Pictures of all kinds, another one in every step; an episode has two steps."""
+
+    observation_space = gym.spaces.Dict({
+        "rgb": Box(0, 255, (6, 9, 3), np.uint8), "stack": Box(0.0, 1.0, (2, 4, 6, 6), np.float32),
+        "grey": Box(0, 255, (8, 8), np.uint8), "channels_first": Box(0, 255, (3, 7, 8), np.uint8),
+        "parts": gym.spaces.Tuple([Box(-1, 1, (4,)), gym.spaces.Discrete(3)])})
+
+    def reset(self, *, seed=None, options=None):
+        gym.Env.reset(self, seed=seed)
+        self.t, self.seen = 0, [self.observation_space.sample()]
+        return self.seen[0], {}
+
+    def step(self, action):
+        self.t += 1
+        self.seen.append(self.observation_space.sample())
+        return self.seen[-1], 0.0, False, self.t == 2, {}
+
+
+gym.register("Gallery-v0", Gallery)
+
+
+def mean_of_squares(picture, k):
+    """[H, W] -> [H // k, W // k], one square after the other."""
+    h, w = picture.shape[0] // k, picture.shape[1] // k
+    small = np.array([[picture[k * i:k * i + k, k * j:k * j + k].mean() for j in range(w)] for i in range(h)])
+    return small if picture.dtype.kind == "f" else small.round()
+
+
+def assert_shrunk(small, obs, k):
+    for c in range(3):
+        assert np.array_equal(small["rgb"][..., c], mean_of_squares(obs["rgb"][..., c], k))
+        assert np.array_equal(small["channels_first"][c], mean_of_squares(obs["channels_first"][c], k))
+    assert np.array_equal(small["grey"], mean_of_squares(obs["grey"], k))
+    for index in np.ndindex(2, 4):
+        np.testing.assert_allclose(small["stack"][index], mean_of_squares(obs["stack"][index], k), atol=1e-6)
+    assert np.array_equal(small["parts"][0], obs["parts"][0]) and small["parts"][1] == obs["parts"][1]
+
+
+def test_shrink_images_takes_the_mean_of_each_square():
+    """Of every observation, an episode's first and last ones too; what is no picture stays as it is."""
+    envs = make_envs("Gallery-v0", shrink_images=3)
+    space = envs.single_observation_space
+    assert {name: space[name].shape for name in ("rgb", "stack", "grey", "channels_first")} == {
+        "rgb": (2, 3, 3), "stack": (2, 4, 2, 2), "grey": (2, 2), "channels_first": (3, 2, 2)}
+    first, _ = envs.reset(seed=1)
+    tasks = [env.unwrapped for env in envs.unwrapped.envs]
+    assert_shrunk({**{k: x[1] for k, x in first.items()}, "parts": [p[1] for p in first["parts"]]},
+                  tasks[1].seen[0], 3)
+    obs, *_ = envs.step(np.array([0, 0]))
+    assert_shrunk({**{k: x[0] for k, x in obs.items()}, "parts": [p[0] for p in obs["parts"]]},
+                  tasks[0].seen[1], 3)
+    assert envs.observation_space.contains(obs)
+    before = [task.seen for task in tasks]
+    infos = envs.step(np.array([0, 0]))[4]
+    for last_obs, seen in zip(infos["final_obs"], before):
+        assert_shrunk(last_obs, seen[2], 3)
+
+
+@pytest.mark.parametrize("env_id, factor, complaint", [
+    ("CartPole-v1", 2, "--shrink-images finds no picture"),
+    ("Gallery-v0", 9, "--shrink-images 9 leaves nothing of pictures of 7 x 8"),
+])
+def test_shrink_images_is_refused_where_it_makes_no_sense(env_id, factor, complaint, capsys):
+    with pytest.raises(SystemExit) as refused:
+        make_envs(env_id, shrink_images=factor)
+    assert refused.value.code == 2 and complaint in capsys.readouterr().err

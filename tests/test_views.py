@@ -129,7 +129,7 @@ def test_an_agent_plays_where_pictures_have_its_size():
     assert NUMBERED != gym.spaces.Discrete(K) and repr(NUMBERED) == "Views(12 pictures of 20 x 20 x 3)"
 
 
-CASES = {"plain": {}, "inputs": {"prev_action": True, "prev_reward": True}}
+CASES = {"plain": {}, "inputs": {"prev_action": True, "prev_reward": True}, "shrunk": {"shrink_images": 3}}
 
 
 @pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
