@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode
 
+from envs import wrappers
 from envs.batch import BatchEnv
-from envs.wrappers import (
-    BatchResetOptions, Checked, Guest, PreviousActionReward, ResetOptions, ShrunkImages, in_symbols)
 from models.flags import fail, refused_in_one_sentence
 
 
@@ -25,11 +24,11 @@ def make_envs(args, num_envs, training=True, render_mode=None):
     what = (f"--env-id {args.env_id} with --env-kwargs {json.dumps(args.env_kwargs)} and --reset-options "
             f"{json.dumps(args.reset_options)}")
     with refused_in_one_sentence(what):
-        envs = Checked(make_vector(args, num_envs, training, render_mode))
+        envs = wrappers.Checked(make_vector(args, num_envs, training, render_mode))
         if args.shrink_images > 1:
-            envs = ShrunkImages(envs, args.shrink_images)
+            envs = wrappers.ShrunkImages(envs, args.shrink_images)
         if args.prev_action or args.prev_reward:
-            envs = PreviousActionReward(envs, args.prev_action, args.prev_reward)
+            envs = wrappers.PreviousActionReward(envs, args.prev_action, args.prev_reward)
         envs = Episodes(envs, [args.env_id, args.env_kwargs, num_envs])
         weakref.finalize(envs, envs.env.close)              # once nobody uses them
         envs.reset(seed=args.seed)
@@ -51,14 +50,14 @@ def make_vector(args, num_envs, training, render_mode):
     ours = str(batch).startswith("envs.") or (isinstance(batch, type) and issubclass(batch, BatchEnv))
     if ours and not render_mode:
         envs = gym.make_vec(env_id, num_envs, autoreset_mode=autoreset, **kwargs)
-        return BatchResetOptions(envs, options) if options else envs
+        return wrappers.BatchResetOptions(envs, options) if options else envs
     if render_mode:
         kwargs = {**kwargs, "render_mode": render_mode}
-    wrappers = [] if ours else [in_symbols, Guest]          # with Checked, instead of Gymnasium's own
+    around = [] if ours else [wrappers.in_symbols, wrappers.Guest]  # with Checked, not Gymnasium's own
     if options:
-        wrappers.append(functools.partial(ResetOptions, options=options))
+        around.append(functools.partial(wrappers.ResetOptions, options=options))
     envs = gym.make_vec(
-        env_id, num_envs, "sync", {"autoreset_mode": autoreset}, wrappers, disable_env_checker=True, **kwargs)
+        env_id, num_envs, "sync", {"autoreset_mode": autoreset}, around, disable_env_checker=True, **kwargs)
     return envs
 
 

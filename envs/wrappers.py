@@ -231,7 +231,8 @@ class ShrunkImages(gym.vector.VectorWrapper):
         x = np.moveaxis(obs, -1, -3) if last else obs       # [..., H, W]
         h, w = x.shape[-2] // k, x.shape[-1] // k
         if not h or not w:
-            raise ValueError(f"--shrink-images {k} leaves nothing of pictures of {x.shape[-2]} x {x.shape[-1]}")
+            size = f"{x.shape[-2]} x {x.shape[-1]}"
+            raise ValueError(f"--shrink-images {k} leaves nothing of a picture of {size} pixels")
         x = x[..., :h * k, :w * k].reshape(*x.shape[:-2], h, k, w, k).mean((-3, -1), dtype=np.float32)
         x = x.round() if np.issubdtype(obs.dtype, np.integer) else x
         return np.ascontiguousarray(np.moveaxis(x, -3, -1) if last else x, obs.dtype)

@@ -272,7 +272,7 @@ def test_shrink_images_takes_the_mean_of_each_square():
 
 @pytest.mark.parametrize("env_id, factor, complaint", [
     ("CartPole-v1", 2, "--shrink-images finds no picture"),
-    ("Gallery-v0", 9, "--shrink-images 9 leaves nothing of pictures of 7 x 8"),
+    ("Gallery-v0", 9, "--shrink-images 9 leaves nothing of a picture of 7 x 8"),
 ])
 def test_shrink_images_is_refused_where_it_makes_no_sense(env_id, factor, complaint, capsys):
     with pytest.raises(SystemExit) as refused:
