@@ -41,6 +41,7 @@ class Args:
     env_id: str = "popgym-RepeatPreviousEasy-v0"  # any Gymnasium id
     env_kwargs: Json = field(default_factory=dict)  # passed to the task's constructor
     reset_options: Json = field(default_factory=dict)  # passed to every reset(options=...)
+    eval_reset_options: Json = field(default_factory=dict)  # over these in evaluations and with --model
     shrink_images: Count = 1  # each square of so many pixels becomes its mean; 1: as they are
     seed: Whole = 1  # of environments, network and sampling
     device: str = "auto"  # auto (cuda if there is one), cpu, cuda, cuda:1
@@ -177,8 +178,7 @@ def check(args):
         fail(f"--total-timesteps {args.total_timesteps} is less than one rollout, "
              f"--num-envs x --num-steps = {args.num_envs * args.num_steps}")
     if args.num_envs % WORLD_SIZE:
-        fail(f"--num-envs {args.num_envs} cannot be divided among {WORLD_SIZE} processes; "
-             f"choose a multiple of {WORLD_SIZE}")
+        fail(f"--num-envs {args.num_envs} must be a multiple of the number of processes, {WORLD_SIZE}")
     if args.num_minibatches > args.num_envs // WORLD_SIZE:
         fail(f"--num-minibatches {args.num_minibatches} do not fit: minibatches are made of whole columns, "
              f"and a process has {args.num_envs // WORLD_SIZE} of --num-envs {args.num_envs}; lower the one "

@@ -40,6 +40,7 @@ class Args:
     env_id: str = "TMazePassive-v0"  # any Gymnasium id
     env_kwargs: Json = field(default_factory=dict)  # passed to the task's constructor
     reset_options: Json = field(default_factory=dict)  # passed to every reset(options=...)
+    eval_reset_options: Json = field(default_factory=dict)  # over these in evaluations and with --model
     shrink_images: Count = 1  # each square of so many pixels becomes its mean; 1: as they are
     seed: Whole = 1  # of environments, network and sampling
     device: str = "auto"  # auto (cuda if there is one), cpu, cuda, cuda:1

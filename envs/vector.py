@@ -22,7 +22,7 @@ def make_envs(args, num_envs, training=True, render_mode=None):
     training: they reset in the step that ends an episode; otherwise they wait for reset().
     """
     what = (f"--env-id {args.env_id} with --env-kwargs {json.dumps(args.env_kwargs)} and --reset-options "
-            f"{json.dumps(args.reset_options)}")
+            f"{json.dumps(reset_options(args, training))}")
     with refused_in_one_sentence(what):
         envs = wrappers.Checked(make_vector(args, num_envs, training, render_mode))
         if args.shrink_images > 1:
@@ -33,6 +33,8 @@ def make_envs(args, num_envs, training=True, render_mode=None):
         weakref.finalize(envs, envs.env.close)              # once nobody uses them
         envs.reset(seed=args.seed)
         envs.step(envs.action_space.sample())               # wrong flags show before a run exists
+    if training and args.eval_reset_options:
+        make_envs(args, 1, training=False).close()
     return envs
 
 
@@ -44,7 +46,7 @@ def make_vector(args, num_envs, training, render_mode):
     #   with the same episode. Here: reset(seed) seeds every environment apart.
     #   Test: test_envs.py::test_environments_differ.
     autoreset = AutoresetMode.SAME_STEP if training else AutoresetMode.DISABLED
-    kwargs, options = args.env_kwargs, args.reset_options
+    kwargs, options = args.env_kwargs, reset_options(args, training)
     env_id = import_module_of(args.env_id)
     batch = gym.spec(env_id).vector_entry_point             # a class, or "module:class"
     ours = str(batch).startswith("envs.") or (isinstance(batch, type) and issubclass(batch, BatchEnv))
@@ -59,6 +61,11 @@ def make_vector(args, num_envs, training, render_mode):
     envs = gym.make_vec(
         env_id, num_envs, "sync", {"autoreset_mode": autoreset}, around, disable_env_checker=True, **kwargs)
     return envs
+
+
+def reset_options(args, training):
+    """Evaluations, films and --model may have others: the whole task where training has a curriculum."""
+    return args.reset_options if training else args.reset_options | args.eval_reset_options
 
 
 def import_module_of(env_id):

@@ -2,7 +2,6 @@
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -13,6 +12,7 @@ from gymnasium.vector import AutoresetMode
 from minigrid.envs import MemoryEnv
 from minigrid.wrappers import RGBImgPartialObsWrapper
 
+import ppo_recurrent_sbb
 from envs.batch import BatchEnv, SingleEnv
 from envs.memory_gym import TASKS as MEMORY_GYM
 from envs.vector import make_envs
@@ -178,8 +178,7 @@ def test_no_phantom_transition(env_id):
 @pytest.mark.quick
 def test_no_phantom_transition_in_other_peoples_tasks():
     """What make_envs trains on: an episode's last step is followed by the next one's first."""
-    args = SimpleNamespace(env_id="CartPole-v1", env_kwargs={"max_episode_steps": 3}, reset_options={},
-                           shrink_images=1, seed=1, prev_action=False, prev_reward=False)
+    args = ppo_recurrent_sbb.Args(env_id="CartPole-v1", env_kwargs={"max_episode_steps": 3})
     envs = make_envs(args, 2)
     envs.reset(seed=0)
     steps = [envs.step(np.array([t % 2, t % 2])) for t in range(12)]

@@ -279,7 +279,7 @@ def test_capture_video_needs_a_task_that_draws(script, tmp_path, capsys):
 ])
 def test_every_kind_of_task_trains_and_plays(script, tmp_path, env_id, capsys):
     changes = dict(
-        env_id=env_id, env_kwargs={}, shrink_images=1, prev_action=True, prev_reward=True,
+        env_id=env_id, env_kwargs={}, prev_action=True, prev_reward=True,
         eval_every=ROW, eval_episodes=2)
     fits = ("Pendulum" in env_id) == (script.SCRIPT in CONTINUOUS)
     if script.SCRIPT in OFF_POLICY and not fits:
@@ -315,6 +315,26 @@ def test_mortar_mayhem_grid_runs_with_reset_options(script, env_id, tmp_path):
         tmp_path, script, env_id=env_id, env_kwargs={}, reset_options=two_commands,
         num_envs=2, num_minibatches=2, num_steps=64, total_timesteps=128)
     assert max(column(rows, "charts/episodic_length")) < 30                     # not ten commands
+
+
+@needs_memory_gym
+@of_discrete_actions
+def test_evaluation_and_playing_have_reset_options_of_their_own(script, tmp_path, capsys):
+    """One command each time, but in training it pays, and afterwards it costs."""
+    costs = {"reward_command_success": -3.0, "reward_command_failure": -3.0}
+    rows, folder = run(
+        tmp_path, script, env_id="MortarMayhem-Grid-v0", env_kwargs={}, num_envs=2, num_minibatches=2,
+        num_steps=64, total_timesteps=128, reset_options={"command_count": [1]}, eval_reset_options=costs,
+        eval_every=1, eval_episodes=2)
+    assert min(column(rows, "charts/episodic_return")) >= 0
+    assert set(column(rows, "eval/episodic_return")) == {-3.0}
+    capsys.readouterr()
+    script.main(["--model", f"{folder}/model.safetensors", "--render-mode", "none", "--episodes", "2"])
+    assert "-3" in capsys.readouterr().out
+    args = script.Args(env_id="MortarMayhem-Grid-v0", eval_reset_options={"command_count": [0]})
+    with pytest.raises(SystemExit):                         # before it has learned anything
+        vector.make_envs(args, 2)
+    assert '"command_count": [0]' in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------- what is shared, what is learned
