@@ -56,6 +56,7 @@ class Args:
     num_layers: Count = 1  # of the memory
     memory_kwargs: Json = field(default_factory=dict)  # of its layers, as '{"state_size": 32}'
     encoder_size: Whole = 0  # linear layer with ReLU between observation and memory; 0: none
+    whiten_images: bool = False  # whitened pixels in place of a CNN, of numbered pictures (Views)
     mlp_size: Count = 64  # hidden layer of the action values
     prev_action: bool = False  # feed the previous action to the memory
     prev_reward: bool = False  # feed the previous reward to the memory
@@ -100,7 +101,7 @@ class Agent(nn.Module):
 
     def __init__(self, observation_space, action_space, args):
         super().__init__()
-        self.encoder = Encoder(observation_space, args.encoder_size)
+        self.encoder = Encoder(observation_space, args.encoder_size, whiten=args.whiten_images)
         self.memory = MEMORIES[args.memory](
             self.encoder.out_size, args.hidden_size, args.num_layers, **args.memory_kwargs)
         self.hidden = init(nn.Linear(args.hidden_size, args.mlp_size), 2**0.5)

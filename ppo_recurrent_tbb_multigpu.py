@@ -55,6 +55,7 @@ class Args:
     num_layers: Count = 1  # of the memory
     memory_kwargs: Json = field(default_factory=dict)  # of its layers, as '{"state_size": 32}'
     encoder_size: Whole = 0  # linear layer with ReLU between observation and memory; 0: none
+    whiten_images: bool = False  # whitened pixels in place of a CNN, of numbered pictures (Views)
     mlp_size: Count = 64  # hidden layer of policy and of value
     prev_action: bool = False  # feed the previous action to the memory
     prev_reward: bool = False  # feed the previous reward to the memory
@@ -100,7 +101,7 @@ class Agent(nn.Module):
 
     def __init__(self, observation_space, action_space, args):
         super().__init__()
-        self.encoder = Encoder(observation_space, args.encoder_size, args.norm_obs)
+        self.encoder = Encoder(observation_space, args.encoder_size, args.norm_obs, args.whiten_images)
         self.memory = MEMORIES[args.memory](
             self.encoder.out_size, args.hidden_size, args.num_layers, **args.memory_kwargs)
         # DEVIATION (recurrent-ppo model.py): no shared layer between memory and the two hidden layers, policy
@@ -181,8 +182,7 @@ def check(args):
         fail(f"--num-envs {args.num_envs} must be a multiple of the number of processes, {WORLD_SIZE}")
     if args.num_minibatches > args.num_envs // WORLD_SIZE:
         fail(f"--num-minibatches {args.num_minibatches} do not fit: minibatches are made of whole columns, "
-             f"and a process has {args.num_envs // WORLD_SIZE} of --num-envs {args.num_envs}; lower the one "
-             "or raise the other")
+             f"and a process has {args.num_envs // WORLD_SIZE} of --num-envs; lower the one or raise the other")
     if args.device in ("auto", "cuda") and 1 <= torch.cuda.device_count() <= LOCAL_RANK:
         fail(f"--device {args.device}: fewer GPUs than processes; lower --nproc_per_node or use --device cpu")
 

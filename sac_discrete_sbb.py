@@ -53,6 +53,7 @@ class Args:
     num_layers: Count = 1  # of the memory
     memory_kwargs: Json = field(default_factory=dict)  # of its layers, as '{"state_size": 32}'
     encoder_size: Whole = 0  # linear layer with ReLU between observation and memory; 0: none
+    whiten_images: bool = False  # whitened pixels in place of a CNN, of numbered pictures (Views)
     mlp_size: Count = 64  # hidden layer of the policy and of each critic
     shared_encoder: bool = False  # one encoder and memory for policy and critics; otherwise two
     prev_action: bool = False  # feed the previous action to the memory

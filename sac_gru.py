@@ -61,6 +61,7 @@ class Args:
     num_layers: Count = 1  # of the memory
     memory_kwargs: Json = field(default_factory=dict)  # of its layers, as '{"state_size": 32}'
     encoder_size: Whole = 0  # linear layer with ReLU between observation and memory; 0: none
+    whiten_images: bool = False  # whitened pixels in place of a CNN, of numbered pictures (Views)
     mlp_size: Count = 128  # hidden layer of the policy and of each critic
     prev_action: bool = True  # feed the previous action to the memory
     prev_reward: bool = False  # feed the previous reward to the memory

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from models.images import Image, is_picture
 from models.layers import init
 from models.running_stats import RunningMeanStd
-from models.views import Views, ViewTable
+from models.views import Views, ViewTable, Whitened
 
 
 def leaves(space, obs=None):
@@ -98,12 +98,15 @@ class Encoder(nn.Module):
     """Flat tuple of leaves, each [..., *leaf.shape] -> [..., out_size].
 
     The leaves' features side by side; with size > 0 then one linear layer with ReLU.
+    normalize: vectors by running statistics; whiten: numbered pictures by their principal components
     Raises ValueError for a space that it cannot encode.
     """
 
-    def __init__(self, space, size=0, normalize=False):
+    def __init__(self, space, size=0, normalize=False, whiten=False):
         super().__init__()
-        self.leaves = nn.ModuleList(self.leaf(s, normalize) for s in leaves(space))
+        self.leaves = nn.ModuleList(self.leaf(s, normalize, whiten) for s in leaves(space))
+        if whiten and not any(isinstance(leaf, Whitened) for leaf in self.leaves):
+            raise ValueError("--whiten-images finds no picture in what the task shows; leave it out")
         self.out_size = sum(leaf.out_size for leaf in self.leaves)
         self.linear = nn.Identity()
         if size > 0:
@@ -112,7 +115,9 @@ class Encoder(nn.Module):
         self.linear_in_tables = size > 0 and any(isinstance(leaf, ViewTable) for leaf in self.leaves)
 
     @staticmethod
-    def leaf(space, normalize):
+    def leaf(space, normalize, whiten):
+        if whiten and (isinstance(space, Views) or (isinstance(space, gym.spaces.Box) and is_picture(space))):
+            return Whitened(space)
         if isinstance(space, Views):
             return ViewTable(space)
         if isinstance(space, (gym.spaces.Discrete, gym.spaces.MultiDiscrete)):

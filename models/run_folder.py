@@ -28,11 +28,12 @@ from tqdm import tqdm
 from models.command_line import RUNNING
 from models.files import lock, refused_if_the_disk_does, rows_until, write
 from models.flags import LAYOUT, fail, pick_device, refused_in_one_sentence
+from models.views import Whitened
 
 LAPS = "policy", "env", "batch", "update", "log"  # what the time of a run is spent on
 NETWORK = (  # flags that its sizes depend on
     "env_id", "env_kwargs", "shrink_images", "memory", "hidden_size", "num_layers", "memory_kwargs",
-    "encoder_size", "mlp_size", "prev_action", "prev_reward", "norm_obs", "shared_encoder")
+    "encoder_size", "whiten_images", "mlp_size", "prev_action", "prev_reward", "norm_obs", "shared_encoder")
 SHOWN = {"SPS": "charts/SPS", "return": "charts/episodic_return", "success": "charts/success"}
 
 
@@ -218,6 +219,9 @@ def make_agent(Agent, args, envs, saved):
                 remember_one_step(part.memory, part.encoder.out_size, device)
     if saved:
         load_weights(agent, saved, args)
+    elif any(isinstance(part, Whitened) and not part.numbered for part in agent.modules()):
+        fail("--whiten-images can be trained on numbered pictures (Views) only, such as MinigridMemory-v0's; "
+             "leave it out")
     return agent, device
 
 

@@ -1,8 +1,8 @@
 """Encoder -> memory as one module. Off-policy agents have one for the policy and one for the critics.
 
 To its callers a trunk is a memory (models/memory.py) whose x are the leaves of observations, [T, B,
-...] each. Both classes read the flags encoder_size, memory, hidden_size, num_layers and
-memory_kwargs from args.
+...] each. Both classes read the flags encoder_size, whiten_images, memory, hidden_size, num_layers
+and memory_kwargs from args.
 """
 import torch.nn as nn
 
@@ -11,7 +11,7 @@ from models.memory import MEMORIES
 
 
 def encoder_and_memory(observation_space, args):
-    encoder = Encoder(observation_space, args.encoder_size)
+    encoder = Encoder(observation_space, args.encoder_size, whiten=args.whiten_images)
     memory_class = MEMORIES[args.memory]
     memory = memory_class(encoder.out_size, args.hidden_size, args.num_layers, **args.memory_kwargs)
     return encoder, memory

@@ -5,9 +5,12 @@ layers: function and gradient are those of the picture, and a saved model plays 
 the cost. A minibatch encodes each of its pictures once, acting encodes a picture once between two gradient
 steps, and a rollout or a replay holds integers.
 """
+import math
+
 import gymnasium as gym
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -76,3 +79,45 @@ class ViewTable(Image):
     def features(self, views, weight):
         y = self.encode(self.images[views])                 # [k, out_size]
         return y if weight is None else F.linear(y, weight)
+
+
+class Whitened(nn.Module):
+    """Numbers of views, or their pictures, [...] -> whitened pixels [..., out_size].   Not trained.
+
+    The principal components of the pixels over all pictures of a task, each scaled to the same spread, so
+    that all pictures are about equally far apart. To a new CNN a key on a large floor is almost the same as
+    a ball. A step costs what it costs with symbols. The features have a mean square of 1.
+    """
+
+    def __init__(self, space, out_size=256):
+        super().__init__()
+        self.numbered, self.out_size = isinstance(space, Views), out_size
+        pixels = math.prod(space.images.shape[1:] if self.numbered else space.shape)
+        self.register_buffer("mean", torch.zeros(pixels))
+        self.register_buffer("directions", torch.zeros(out_size, pixels))
+        self.made_by = None                                 # the version of directions that made the table
+        if self.numbered:
+            self.register_buffer("images", torch.as_tensor(space.images), persistent=False)     # [K, H, W, C]
+            self.fit(self.images.flatten(1).float())
+
+    def fit(self, x):
+        """x [K, pixels]"""
+        self.mean.copy_(x.mean(0))
+        _, spread, components = torch.linalg.svd(x - self.mean, full_matrices=False)
+        components = components[: self.out_size]
+        spread = spread[: self.out_size, None] / len(x) ** 0.5  # its standard deviations
+        kept = spread > 1e-4 * spread[0]                    # the others are rounding
+        self.directions[: len(components)] = torch.where(kept, components / spread, 0)
+        self.directions *= (self.out_size / kept.sum()) ** 0.5
+
+    def forward(self, x):
+        if not self.numbered:
+            return self.whiten(x.flatten(-3))
+        if self.made_by != self.directions._version:        # new, loaded, or elsewhere
+            self.made_by = self.directions._version
+            with torch.inference_mode(False):               # training uses it too
+                self.table = self.whiten(self.images.flatten(1))                # [K, out_size]
+        return self.table[x]
+
+    def whiten(self, x):
+        return F.linear(x.float() - self.mean, self.directions)
