@@ -182,7 +182,7 @@ def check(args):
         fail(f"--num-envs {args.num_envs} must be a multiple of the number of processes, {WORLD_SIZE}")
     if args.num_minibatches > args.num_envs // WORLD_SIZE:
         fail(f"--num-minibatches {args.num_minibatches} do not fit: minibatches are made of whole columns, "
-             f"and a process has {args.num_envs // WORLD_SIZE} of --num-envs; lower the one or raise the other")
+             f"and a process has {args.num_envs // WORLD_SIZE} of --num-envs; lower the one, raise the other")
     if args.device in ("auto", "cuda") and 1 <= torch.cuda.device_count() <= LOCAL_RANK:
         fail(f"--device {args.device}: fewer GPUs than processes; lower --nproc_per_node or use --device cpu")
 

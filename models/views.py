@@ -32,7 +32,7 @@ class Views(gym.spaces.Discrete):
 
     def __init__(self, images):
         super().__init__(len(images))
-        self.images = images
+        self.images = np.ascontiguousarray(images)
 
     def __repr__(self):
         return f"Views({self.n} pictures of {' x '.join(map(str, self.images.shape[1:]))})"

@@ -9,7 +9,7 @@ import torch
 import envs  # noqa: F401  registers the tasks
 from models.encoder import Encoder, leaves
 from models.images import Image
-from models.views import Views
+from models.views import Views, Whitened
 from tests.conftest import DISCRETE_OFF_POLICY, PPO
 from tests.helpers import run, spy, weights_of
 
@@ -25,9 +25,9 @@ SPACES = {
 }
 
 
-def pair(name, size=7):
+def pair(name, size=7, whiten=False):
     """An encoder of numbers and one of pictures with the same weights."""
-    encoders = [Encoder(SPACES[name](seen), size) for seen in (NUMBERED, PICTURED)]
+    encoders = [Encoder(SPACES[name](seen), size, whiten=whiten) for seen in (NUMBERED, PICTURED)]
     encoders[1].load_state_dict(encoders[0].state_dict())
     return encoders
 
@@ -46,14 +46,18 @@ def observations(name, shape=(6, 5)):
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("whiten", [False, True])
 @pytest.mark.parametrize("size", [0, 7])
 @pytest.mark.parametrize("name", SPACES)
-def test_same_function_and_gradient_as_with_pictures(name, size):
-    (numbered, pictured), (numbers, pictures) = pair(name, size), observations(name)
+def test_same_function_and_gradient_as_with_pictures(name, size, whiten):
+    (numbered, pictured), (numbers, pictures) = pair(name, size, whiten), observations(name)
     ys = numbered(numbers), pictured(pictures)
-    torch.testing.assert_close(*ys)
+    torch.testing.assert_close(*ys, rtol=1e-4, atol=1e-4)
     with torch.no_grad():
-        torch.testing.assert_close(numbered(numbers), ys[1])
+        torch.testing.assert_close(numbered(numbers), ys[1], rtol=1e-4, atol=1e-4)
+    if not ys[0].requires_grad:
+        assert whiten and size == 0                         # whitening is not trained
+        return
     weight = torch.randn_like(ys[0])
     for y in ys:
         (y * weight).sum().backward()
@@ -120,6 +124,65 @@ def test_a_picture_is_encoded_once(monkeypatch):
     with torch.inference_mode():
         encoder((view, view))
     assert count() == [2, 2]
+
+
+@pytest.mark.quick
+def test_whitened_pictures_are_equally_far_apart():
+    """K pictures have K - 1 principal components: their codes are the corners of a regular simplex."""
+    whitened = Whitened(NUMBERED)
+    codes = whitened(torch.arange(K))                       # [K, out_size]
+    assert codes.shape == (K, whitened.out_size) and not [*whitened.parameters()]
+    assert codes.square().mean().item() == pytest.approx(1, abs=1e-4)
+    torch.testing.assert_close(codes.mean(0), torch.zeros(whitened.out_size), rtol=0, atol=1e-3)
+    distances = torch.pdist(codes)
+    torch.testing.assert_close(distances, distances.mean().expand_as(distances), rtol=1e-3, atol=0)
+
+
+@pytest.mark.quick
+def test_pictures_without_a_difference_and_few_directions():
+    """Equal pictures have equal codes; directions without spread are 0, not noise; few are the first."""
+    images = PICTURES[[0, 1, 2, 0]]
+    codes = Whitened(Views(images))(torch.arange(4))
+    assert torch.equal(codes[0], codes[3]) and codes.isfinite().all()
+    assert (codes.abs().amax(0) > 0).sum() == 2             # three different pictures span a plane
+    few = Whitened(NUMBERED, out_size=4)(torch.arange(K))
+    assert few.square().mean().item() == pytest.approx(1, abs=1e-4)
+    torch.testing.assert_close(few.T @ few / K, torch.eye(4), rtol=0, atol=1e-3)
+
+
+@pytest.mark.quick
+def test_a_loaded_model_whitens_other_pictures_as_it_learned_to():
+    learned, playing = Whitened(NUMBERED), Whitened(Views(PICTURES[::-1][:5]))
+    playing(torch.arange(5))                                # it has a table of its own
+    playing.load_state_dict(learned.state_dict())
+    assert torch.equal(playing(torch.arange(5)), learned(torch.arange(K - 1, K - 6, -1)))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("task, complaint", [
+    ({"env_id": "CartPole-v1"}, "--whiten-images finds no picture"),
+    ({"env_id": "MinigridMemory-v0", "env_kwargs": {"views": False}}, "can be trained on numbered pictures"),
+])
+def test_whitening_is_refused_without_numbered_pictures(task, complaint, capsys, tmp_path):
+    import ppo_recurrent_tbb
+
+    with pytest.raises(SystemExit) as refused:
+        run(tmp_path, ppo_recurrent_tbb, whiten_images=True, **{"env_kwargs": {}, **task})
+    assert refused.value.code == 2 and complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", [*PPO, *DISCRETE_OFF_POLICY], indirect=True)
+def test_an_agent_of_whitened_pictures_plays_on_pictures(tmp_path, script, capsys):
+    kwargs = {"tile_size": 8, "max_steps": 9}
+    folder = run(tmp_path, script, env_id="MinigridMemory-v0", env_kwargs=kwargs, shrink_images=2,
+                 whiten_images=True, total_timesteps=256, learning_starts=128)[1]
+    told = []
+    for views in (True, False):
+        capsys.readouterr()
+        script.main(["--model", f"{folder}/model.safetensors", "--env-kwargs",
+                     json.dumps({**kwargs, "views": views}), "--episodes", "5", "--render-mode", "none"])
+        told.append(capsys.readouterr().out)
+    assert "mean of 5" in told[0] and told[0] == told[1]
 
 
 @pytest.mark.quick
