@@ -19,9 +19,12 @@ A dotted line is the number of steps that training's gradient could flow through
 
 --sweep plays the task again with other values of one of its arguments, or other tasks, and draws the return
 (and the success, where the task defines it) against them: recall against delay, past the delay of training.
+Of several arguments at once: `--sweep env-kwargs '{"size": 17, "random_length": true}' ...`. Given several
+models it draws one curve for each memory, the mean over its models: of success if the task defines it.
 
-Writes horizon.csv and horizon.png (sweep.csv and sweep.png) beside the model.
+Writes horizon.csv and horizon.png (sweep.csv and sweep.png) beside the (first) model.
 """
+import collections
 import csv
 import importlib
 import json
@@ -49,10 +52,10 @@ from models.run_folder import make_agent  # noqa: E402
 
 @dataclass
 class Args:
-    model: str  # model.safetensors of any script
+    model: tuple[str, ...]  # model.safetensors of any script; with --sweep also several
     steps: int = 256  # steps to play
     targets: int = 32  # steps t whose gradients are averaged
-    sweep: tuple[str, ...] = ()  # an argument of the task and its values, as JSON; or env-id and tasks
+    sweep: tuple[str, ...] = ()  # an argument of the task and its values, as JSON; env-id; env-kwargs
     episodes: int = 100  # episodes for each value
     out: str | None = None  # folder; default: the model's
 
@@ -186,37 +189,66 @@ def draw(path, columns, x, xlabel, ylabel, log, marks=()):
     print(f"wrote {path.with_suffix('.csv')} and {path.with_suffix('.png')}")
 
 
-def sweep(agent, args, envs, options, path):
-    """Plays with each value of the argument (or each task) and draws the means.   envs: of the training"""
-    name, *values = options.sweep
-    if not values:
+def values_of(sweep):
+    """What is tried of --sweep's first word."""
+    name, *words = sweep
+    if not words:
         fail(f"--sweep {name} needs values to try, such as --sweep k 2 4 8")
-    if name != "env-id":
-        try:
-            values = [json.loads(value) for value in values]
-        except json.JSONDecodeError:
-            fail(f"--sweep {' '.join(options.sweep)}: values are JSON, as numbers or true")
-    # most tasks keep their arguments under the same names
-    task = getattr(envs.unwrapped, "envs", [envs])[0].unwrapped                 # ours are one batch
-    trained = args.env_kwargs.get(name, getattr(task, name, None))
+    if name == "env-id":
+        return words
+    try:
+        values = [json.loads(word) for word in words]
+    except json.JSONDecodeError:
+        fail(f"--sweep {' '.join(sweep)}: values are JSON, as numbers or true")
+    if name == "env-kwargs" and not all(isinstance(value, dict) for value in values):
+        fail(f"--sweep {' '.join(sweep)}: values of env-kwargs are JSON objects, as '{{\"size\": 17}}'")
+    return values
+
+
+def sweep(agent, args, envs, options):
+    """Mean return and success with each value of the argument (or each task), [2, values].
+
+    envs: of the training
+    """
+    name = options.sweep[0]
     kwargs, space = args.env_kwargs, (envs.single_observation_space, envs.single_action_space)
-    results = []
-    for value in values:
+    means = []
+    for value in values_of(options.sweep):
         if name == "env-id":
             args.env_id = value
         else:
-            args.env_kwargs = kwargs | {name: value}
+            args.env_kwargs = kwargs | (value if name == "env-kwargs" else {name: value})
         envs = make_envs(args, min(16, options.episodes), training=False)
         if (envs.single_observation_space, envs.single_action_space) != space:
             fail(f"--sweep {name} {value} has other observations or actions than the task of training")
-        results.append(play(agent, envs, options.episodes, args.seed).mean(axis=1))
-        print(f"{name} = {value}: mean return of {options.episodes} episodes {results[-1][0]:.3f}")
-    returns, _, successes = np.array(results).T
-    columns = {"return": returns}
-    if not np.isnan(successes).any():
-        columns["success"] = successes
+        means.append(play(agent, envs, options.episodes, args.seed).mean(axis=1))
+        print(f"{args.memory}, {name} = {value}: mean return of {options.episodes} episodes "
+              f"{means[-1][0]:.3f}, success {means[-1][2]:.2f}", flush=True)
+    returns, _, successes = np.array(means).T
+    return returns, successes
+
+
+def draw_sweep(options, out):
+    name, values, curves = options.sweep[0], values_of(options.sweep), collections.defaultdict(list)
+    for path in options.model:
+        agent, args, envs = load_agent(path)
+        # most tasks keep their arguments under the same names
+        task = getattr(envs.unwrapped, "envs", [envs])[0].unwrapped             # ours are one batch
+        trained = args.env_kwargs.get(name, getattr(task, name, None))
+        curves[args.memory].append(sweep(agent, args, envs, options))
+    means = {memory: np.mean(found, axis=0) for memory, found in curves.items()}    # [2, values] each
+    has_success = not np.isnan([successes for _, successes in means.values()]).any()
+    if len(options.model) > 1:
+        columns = {memory: mean[int(has_success)] for memory, mean in means.items()}
+        measure = "success" if has_success else "return"
+    else:
+        (returns, successes), = means.values()
+        columns = {"return": returns} | ({"success": successes} if has_success else {})
+        measure = "mean"
     marks = [("training", trained)] if isinstance(trained, (int, float)) else []
-    draw(path, columns, values, name, f"mean of {options.episodes} episodes", log=False, marks=marks)
+    shown = [json.dumps(value) if isinstance(value, dict) else value for value in values]
+    ylabel = f"{measure} of {options.episodes} episodes"
+    draw(out / "sweep", columns, shown, name, ylabel, log=False, marks=marks)
 
 
 def reach_of_training(args):
@@ -235,21 +267,28 @@ def check(options):
     for name, high in {"steps": 2**16, "targets": 2**12, "episodes": 2**20}.items():
         if not 1 <= getattr(options, name) <= high:
             fail(f"--{name} {getattr(options, name)} must be at least 1 and at most {high}")
+    if len(options.model) != 1 and not (options.model and options.sweep):
+        fail(f"--model takes one model ({len(options.model)} are given), or with --sweep several")
+
+
+def load_agent(path):
+    script = script_of(path)
+    args, saved = parse(script.Args, script.SCRIPT, ["--model", path, "--device", "cpu"])
+    envs = make_envs(args, 1, training=False)
+    agent, _ = make_agent(script.Agent, args, envs, saved)
+    return agent, args, envs
 
 
 def main(argv=None):
     options = command_line(Args, argv)
     check(options)
     torch.set_num_threads(1)
-    script = script_of(options.model)
-    args, saved = parse(script.Args, script.SCRIPT, ["--model", options.model, "--device", "cpu"])
-    out = Path(options.model).parent if options.out is None else Path(options.out)
-    envs = make_envs(args, 1, training=False)
-    agent, _ = make_agent(script.Agent, args, envs, saved)
+    agent, args, envs = load_agent(options.model[0])        # a wrong one shows before anything is written
+    out = Path(options.model[0]).parent if options.out is None else Path(options.out)
     make_out(out)
     if options.sweep:
-        return sweep(agent, args, envs, options, out / "sweep")
-    of = OUTPUTS[script.SCRIPT]
+        return draw_sweep(options, out)
+    of = OUTPUTS[script_of(options.model[0]).SCRIPT]
     xs, start = record(agent, envs, args.seed, options.steps)
     targets = np.linspace(options.steps // 4, options.steps - 1, options.targets).astype(int)
     curves = sensitivity(of, agent, xs, start, targets)

@@ -2,10 +2,12 @@
 import csv
 import dataclasses
 import importlib
+import json
 import statistics
 import sys
 
 import gymnasium as gym
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -162,7 +164,8 @@ def test_horizon_of_a_wrong_file_or_flag_is_one_sentence(tmp_path, model, capsys
     wrong_files = ["--model", str(tmp_path / "none")], ["--model", str(tmp_path / "other")]
     wrong_flags = (
         ["--steps", "0"], ["--out", str(model / "folder")], ["--sweep", "k"], ["--sweep", "k", "two"],
-        ["--sweep", "wrong", "2"], ["--sweep", "env-id", "PocMemory-v0"])
+        ["--sweep", "wrong", "2"], ["--sweep", "env-kwargs", "2"], ["--model", str(model), str(model)],
+        ["--sweep", "env-id", "PocMemory-v0"])
     for argv in (*wrong_files, *(["--model", str(model), *flags] for flags in wrong_flags)):
         with pytest.raises(SystemExit) as stop:
             horizon.main(argv)
@@ -185,6 +188,24 @@ def test_horizon_report_and_sweep(tmp_path, model):
         assert [row[sweep[0]] for row in rows] == sweep[1:]
         assert all(-1 <= float(row["return"]) <= 1 for row in rows)
     assert (tmp_path / "horizon.png").exists() and (tmp_path / "sweep.png").exists()
+
+
+def test_a_sweep_of_several_models_has_a_curve_for_each_memory(tmp_path, monkeypatch):
+    """Of two models with one memory the mean. Arguments are swept together."""
+    import ppo_recurrent_sbb
+
+    paths = [str(run(tmp_path, ppo_recurrent_sbb, run_name=f"{seed}{memory}", env_id="PocMemory-v0",
+                     env_kwargs={}, memory=memory, seed=seed)[1] / "model.safetensors")
+             for memory, seed in (("gru", 1), ("gru", 2), ("none", 1))]
+    played = spy(monkeypatch, horizon, "play")                # of 2 values by each model
+    horizon.main(["--model", *paths, "--sweep", "env-kwargs", '{"freeze": false}',
+                  '{"freeze": true, "max_steps": 20}', "--episodes", "16", "--out", str(tmp_path / "out")])
+    rows = list(csv.DictReader((tmp_path / "out/sweep.csv").open()))
+    assert [json.loads(row.pop("env-kwargs")) for row in rows] == [
+        {"freeze": False}, {"freeze": True, "max_steps": 20}]
+    successes = np.array([call.result[2].mean() for call in played]).reshape(3, 2).T    # [values, models]
+    for row, (first, second, third) in zip(rows, successes):
+        assert row == {"gru": f"{(first + second) / 2:.4g}", "none": f"{third:.4g}"}
 
 
 @pytest.mark.parametrize(
