@@ -1,4 +1,4 @@
-"""Does every task run? Other people's tasks, each trained for about 1,000 steps, saved, loaded and played.
+"""Does every task run? Other people's and ours, each trained for about 1,000 steps, saved, loaded and played.
 
     pip install box2d mujoco ale-py mazelib     optional packages: where one is absent, its tasks are skipped
     python benchmark/every_task.py              all ids of TASKS; then python benchmark/pages.py
@@ -10,9 +10,9 @@ every model that was saved is loaded and played. The replays draw ended episodes
 playing, episodes are cut after 64 steps. --ids renews these rows of the table and leaves the others.
 
 Rows of benchmark/results/every-task.csv: the spaces, as the task itself has them; the steps per second of the
-plain environment, one of it made by gym.make without its checker, with random actions and resets included, in
-seconds of processor time (not of the clock), so that what else runs on the machine counts little; the scripts
-that ran; the result: "runs", "package absent", or the sentence in which the task was refused.
+plain environment, one of it made by gym.make without its checker (of ours 256 in a batch), random actions
+and resets included, in seconds of processor time (not of the clock), so that what else runs on the machine
+counts little; the scripts that ran; the result: "runs", "package absent", or the sentence of its refusal.
 """
 import contextlib
 import csv
@@ -30,6 +30,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import torch
+from gymnasium.vector import AutoresetMode
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -42,6 +43,7 @@ from envs.vector import import_module_of  # noqa: E402
 from models.command_line import command_line  # noqa: E402
 from models.files import write  # noqa: E402
 from models.flags import EMPTY, fail  # noqa: E402
+from models.views import Views  # noqa: E402
 
 POPGYM = """
     RepeatPrevious RepeatFirst Autoencode CountRecall PositionOnlyCartPole VelocityOnlyCartpole
@@ -58,8 +60,13 @@ MUJOCO = """
     Ant HalfCheetah Hopper Humanoid HumanoidStandup InvertedDoublePendulum InvertedPendulum Pusher Reacher
     Swimmer Walker2d""".split()
 
+OURS = [name for name, spec in gym.registry.items() if str(spec.vector_entry_point).startswith("envs.")]
+SHORT = {"CountInput-v0": {"episode_length": 64}, "MinigridMemory-v0": {"max_steps": 64}}
+
 # package: the module that shows whether it is there, and its tasks, some with env_kwargs behind the id
 TASKS = {
+    "ours, 256 of each": ("envs", [
+        f"{name} {json.dumps(SHORT[name])}" if name in SHORT else name for name in OURS]),
     "POPGym": ("popgym", [f"popgym-{name}{level}-v0" for name in POPGYM for level in LEVELS]),
     "POPGym, Labyrinth": ("mazelib", [f"popgym-{name}{level}-v0" for name in LABYRINTH for level in LEVELS]),
     "Memory Gym": ("memory_gym", list(MEMORY_GYM)),
@@ -100,6 +107,8 @@ def short(space):
         return f"Dict({', '.join(f'{name} {short(part)}' for name, part in space.spaces.items())})"
     if isinstance(space, gym.spaces.Tuple):
         return f"Tuple({', '.join(map(short, space.spaces))})"
+    if isinstance(space, Views):
+        return str(space)
     if isinstance(space, gym.spaces.Discrete):
         return f"Discrete({space.n})"
     if isinstance(space, gym.spaces.MultiDiscrete):
@@ -143,6 +152,22 @@ def plain_speed(env, seconds=0.5):
     return steps / took
 
 
+def batch_speed(env_id, kwargs, num_envs=256, seconds=0.5):
+    """The same of one of our own tasks, which step all environments at once."""
+    envs = gym.make_vec(env_id, num_envs, autoreset_mode=AutoresetMode.SAME_STEP, **kwargs)
+    envs.action_space.seed(0)
+    actions = [envs.action_space.sample() for _ in range(100)]
+    envs.reset(seed=0)
+    for action in actions:                                  # warms up, and leaves the first, equal steps
+        envs.step(action)
+    steps, begin = 0, time.process_time()
+    while time.process_time() - begin < seconds:
+        for action in actions:
+            envs.step(action)
+        steps += len(actions) * num_envs
+    return steps / (time.process_time() - begin)
+
+
 def scripts_for(actions):
     """The scripts whose actions these are, with their flags."""
     fitting = (sac_gru, SAC) if isinstance(actions, gym.spaces.Box) else (dqn_recurrent_tbb, DQN)
@@ -152,7 +177,8 @@ def scripts_for(actions):
 def train_and_play(script, flags, task, steps, folder):
     """One script on one task. Raises what the script raises, and ValueError if it has not learned at all."""
     env_id, kwargs = split(task)
-    whole, cut = json.dumps(kwargs), json.dumps(kwargs | {"max_episode_steps": LIMIT})
+    limit = {} if env_id in OURS else {"max_episode_steps": LIMIT}              # ours are short enough
+    whole, cut = json.dumps(kwargs), json.dumps(kwargs | limit)
     script.main([
         "--env-id", env_id, "--env-kwargs", whole if script is ppo_recurrent_tbb else cut, *SMALL, *flags,
         "--total-timesteps", str(steps), "--runs-dir", folder, "--run-name", script.SCRIPT])
@@ -172,9 +198,10 @@ def attempt(task, steps):
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
         try:
             env = gym.make(import_module_of(env_id), disable_env_checker=True, **kwargs)
+            speed = batch_speed(env_id, kwargs) if env_id in OURS else plain_speed(env)
             row = {
                 "observation": short(env.observation_space), "actions": short(env.action_space),
-                "steps_per_second": f"{plain_speed(env):.0f}", "scripts": "", "result": "runs"}
+                "steps_per_second": f"{speed:.0f}", "scripts": "", "result": "runs"}
             env.close()
         except Exception as e:
             return {"result": in_words(e)}
@@ -216,7 +243,9 @@ def in_a_process(task, args):
 
 
 def version_of(module):
-    """"popgym 1.0.7", by the name that pip knows; a package may be several to pip."""
+    """"popgym 1.0.7", by the name that pip knows; a package may be several to pip. Ours have no version."""
+    if module == "envs":
+        return ""
     names = importlib.metadata.packages_distributions().get(module, [module])
     name = module if module in names else names[0]
     return f"{name} {importlib.metadata.version(name)}"
