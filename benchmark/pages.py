@@ -46,6 +46,15 @@ WORKS = (
     ("count-input-sac", "CountInput, the last 10 bits", None),
     ("pendulum-masked-sac", "Pendulum without velocity", None),
 )
+# entry, task, and what the predecessor's own files or figures say of it (docs/results.md names them)
+BESIDE = (
+    ("poc-gru", "PocMemory", "success .95: 10 of 10, 12,000 to 20,000 steps, 13 s"),
+    ("cartpole", "CartPole without velocities", "195: 9 of 10, 201,000 to 393,000 steps, 57 s"),
+    ("minigrid-rgb", "MiniGrid Memory S9 by sight",
+     "return .9: 10 of 10, 328,000 to 1,180,000 steps of 99 fixed levels, 1,000 s of a GPU for 2,050,000"),
+    ("count-input-sac", "CountInput, SAC", "99.5 %: 126 s, in C++, a GRU"),
+    ("count-input-td3", "CountInput, TD3", "99.9 %: 84 s, in C++, a GRU"),
+)
 MEASURED = {
     "return": "return", "success": "success", "eval": "greedy return", "eval-success": "greedy success"}
 
@@ -206,6 +215,11 @@ def layers_table(rows):
     return markdown(["layer", *shapes], cells)
 
 
+def sizes_table(rows):
+    """minigrid-sizes.csv, as horizon.py --sweep writes it."""
+    return markdown(list(rows[0]), [list(row.values()) for row in rows])
+
+
 def every_task_table(rows):
     """every-task.csv: a line for the levels of a task, or for a package's tasks that have equal spaces."""
     header = "package", "tasks", "observation", "actions", "trained by", "plain steps/s"
@@ -262,6 +276,21 @@ def works():
         cells.append([
             task, f"`{script}`, {memory}", f"{MEASURED[entry['measure']]} {level:g}",
             f"{len(solved)} of {len(steps)}", from_to(solved, ",") if solved else "-"])
+    return markdown(header, cells)
+
+
+def beside():
+    """The lines of BESIDE: a predecessor's figures and ours."""
+    header = "task", "the predecessor", "ours", "seeds that reach it", "environment steps", "seconds"
+    cells, table = [], rows_of(RESULTS / "table.csv")
+    for name, task, theirs in BESIDE:
+        runs = [row for row in table if row["entry"] == name]
+        solved = [row for row in runs if row["steps_to_level"]]
+        memory = script_and_memory(entries()[name]["command"])[1]
+        cells.append([
+            task, theirs, f"{MEASURED[runs[0]['measure']]} {runs[0]['level']}, {memory}",
+            f"{len(solved)} of {len(runs)}", from_to([int(row["steps_to_level"]) for row in solved], ","),
+            from_to([float(row["seconds_to_level"]) for row in solved], ",.0f")])
     return markdown(header, cells)
 
 
@@ -338,9 +367,10 @@ TABLES = {                                                  # {name: (file, func
     "dqn-speed": (RESULTS / "dqn-speed.csv", dqn_speed_table),
     "off-policy-speed": (RESULTS / "off-policy-speed.csv", off_policy_speed_table),
     "layers": (RESULTS / "layers.csv", layers_table),
+    "minigrid-sizes": (RESULTS / "minigrid-sizes.csv", sizes_table),
     "every-task": (RESULTS / "every-task.csv", every_task_table),
 }
-WRITTEN = {"works": works, "known-bugs": known_bugs}        # made of more than one file
+WRITTEN = {"works": works, "beside": beside, "known-bugs": known_bugs}        # made of more than one file
 
 
 def part(name):

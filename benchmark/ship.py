@@ -54,10 +54,13 @@ def script_of(flag, path):
     return importlib.import_module(name)
 
 
-def measure(path, episodes, seed=10_000):
-    """What a model gets without exploring: [3, episodes] returns, lengths, successes; and its Args."""
+def measure(path, episodes, seed=10_000, flags=()):
+    """What a model gets without exploring: [3, episodes] returns, lengths, successes; and its Args.
+
+    flags: that change the task
+    """
     script = script_of("model", path)
-    args, saved = parse(script.Args, script.SCRIPT, ["--model", str(path)])
+    args, saved = parse(script.Args, script.SCRIPT, ["--model", str(path), *flags])
     envs = make_envs(args, min(episodes, 20), training=False)
     agent, _ = make_agent(script.Agent, args, envs, saved)
     return play(agent, envs, episodes, seed), args

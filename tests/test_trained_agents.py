@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 import ppo_recurrent_sbb
+from envs.memory_gym import TASKS as MEMORY_GYM
 from models.flags import read_model
-from tests.conftest import ROOT
+from tests.conftest import ROOT, needs_memory_gym
 from tests.helpers import run
 
 sys.path.insert(0, str(ROOT / "benchmark"))
@@ -28,6 +29,17 @@ def test_an_agent_gets_the_return_that_is_said_of_it(row):
         assert successes.mean() >= float(row["success"]) - 0.11
     assert f"{row['script']}.py" in entries()[row["entry"]]["command"]
     assert args.env_id == row["task"]
+
+
+@needs_memory_gym
+@pytest.mark.parametrize(
+    "row", [row for row in ROWS if f"memory_gym/{row['task']}" in MEMORY_GYM], ids=lambda row: row["entry"])
+def test_an_agent_of_our_batch_is_as_good_in_memory_gyms_own_task(row):
+    path = ship.MODELS / f"{row['entry']}.safetensors"
+    (returns, _, successes), _ = ship.measure(path, 100, flags=["--env-id", f"memory_gym/{row['task']}"])
+    error = float(row["std"]) * (1 / 100 + 1 / int(row["episodes"])) ** 0.5
+    assert abs(returns.mean() - float(row["return"])) <= 4 * error + 0.01
+    assert successes.mean() >= float(row["success"]) - 0.06
 
 
 def test_they_are_all_there_small_and_tell_nothing_of_where_they_were_made():
