@@ -217,6 +217,8 @@ class ShrunkImages(gym.vector.VectorWrapper):
         if not is_image(space):
             return space
         shape = self.shrink(np.zeros(space.shape, space.dtype), space).shape
+        if channels_last(shape) != channels_last(space.shape):                  # an encoder could not tell
+            raise ValueError(f"--shrink-images {self.factor} leaves too little of a picture: {shape}")
         return gym.spaces.Box(space.low.min(), space.high.max(), shape, space.dtype)
 
     def shrink(self, obs, space):

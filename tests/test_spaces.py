@@ -215,7 +215,7 @@ class Gallery(Stranger):
     """Pictures of all kinds, another one in every step; an episode has two steps."""
 
     observation_space = gym.spaces.Dict({
-        "rgb": Box(0, 255, (6, 9, 3), np.uint8), "stack": Box(0.0, 1.0, (2, 4, 6, 6), np.float32),
+        "rgb": Box(0, 255, (12, 16, 3), np.uint8), "stack": Box(0.0, 1.0, (2, 4, 6, 6), np.float32),
         "grey": Box(0, 255, (8, 8), np.uint8), "channels_first": Box(0, 255, (3, 7, 8), np.uint8),
         "parts": gym.spaces.Tuple([Box(-1, 1, (4,)), gym.spaces.Discrete(3)])})
 
@@ -255,7 +255,7 @@ def test_shrink_images_takes_the_mean_of_each_square():
     envs = make_envs("Gallery-v0", shrink_images=3)
     space = envs.single_observation_space
     assert {name: space[name].shape for name in ("rgb", "stack", "grey", "channels_first")} == {
-        "rgb": (2, 3, 3), "stack": (2, 4, 2, 2), "grey": (2, 2), "channels_first": (3, 2, 2)}
+        "rgb": (4, 5, 3), "stack": (2, 4, 2, 2), "grey": (2, 2), "channels_first": (3, 2, 2)}
     first, _ = envs.reset(seed=1)
     tasks = [env.unwrapped for env in envs.unwrapped.envs]
     assert_shrunk({**{k: x[1] for k, x in first.items()}, "parts": [p[1] for p in first["parts"]]},
@@ -273,6 +273,7 @@ def test_shrink_images_takes_the_mean_of_each_square():
 @pytest.mark.parametrize("env_id, factor, complaint", [
     ("CartPole-v1", 2, "--shrink-images finds no picture"),
     ("Gallery-v0", 9, "--shrink-images 9 leaves nothing of a picture of 7 x 8"),
+    ("Gallery-v0", 5, "--shrink-images 5 leaves too little of a picture: (2, 3, 3)"),
 ])
 def test_shrink_images_is_refused_where_it_makes_no_sense(env_id, factor, complaint, capsys):
     with pytest.raises(SystemExit) as refused:
