@@ -127,7 +127,7 @@ def test_a_loss_that_is_not_finite_on_one_process_ends_both(tmp_path, torchrun):
 @pytest.mark.quick
 @pytest.mark.parametrize("flags, says", [
     ("--num-envs 5", "--num-envs 5 must be a multiple of the number of processes, 2"),
-    ("--num-envs 4 --num-minibatches 3", "a process has 2 of --num-envs 4"),
+    ("--num-envs 4 --num-minibatches 3", "a process has 2 of --num-envs; lower the one"),
     ("--device cuda", "fewer GPUs than processes"),
 ])
 def test_bad_input(tmp_path, monkeypatch, capsys, flags, says):

@@ -83,7 +83,7 @@ def test_the_previous_action_of_small_types(tmp_path):
     space = gym.spaces.MultiDiscrete([3, 200], dtype=np.uint8)
     envs = gym.make_vec("CartPole-v1", 2, "sync")
     envs.single_action_space = space
-    joined = vector.PreviousActionReward(envs, action=True, reward=False)
+    joined = vector.wrappers.PreviousActionReward(envs, action=True, reward=False)
     assert joined.no_action.tolist() == [-1, -1]
     assert joined.single_observation_space[1].contains(joined.no_action)
     assert joined.single_observation_space[1].contains(np.array([2, 199]))
@@ -268,7 +268,8 @@ def test_previous_actions_are_in_units_of_the_bounds(low, high, given, seen):
     space = gym.spaces.Box(low, high, (1,), np.float32)
     gym.registry.pop("Typed-v0", None)
     gym.register("Typed-v0", type("Typed", (Stranger,), {"action_space": space}))
-    joined = vector.PreviousActionReward(gym.make_vec("Typed-v0", 2, "sync"), action=True, reward=False)
+    envs = gym.make_vec("Typed-v0", 2, "sync")
+    joined = vector.wrappers.PreviousActionReward(envs, action=True, reward=False)
     assert joined.reset(seed=1)[0][1].tolist() == [[0], [0]]
     assert joined.step(np.full((2, 1), given, np.float32))[0][1] == pytest.approx(np.full((2, 1), seen))
 
