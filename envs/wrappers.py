@@ -201,7 +201,7 @@ class ShrunkImages(gym.vector.VectorWrapper):
         super().__init__(envs)
         self.factor = factor
         whole = envs.single_observation_space
-        pictures = [space for space in leaves(whole) if isinstance(space, Views) or is_image(space)]
+        pictures = [space for space in leaves(whole) if isinstance(space, Views) or is_picture(space)]
         if not pictures:
             raise ValueError("--shrink-images finds no picture in what the task shows; leave it out")
         self.single_observation_space = self.shrunk_space(whole)
@@ -214,7 +214,7 @@ class ShrunkImages(gym.vector.VectorWrapper):
             return gym.spaces.Tuple([self.shrunk_space(part) for part in space])
         if isinstance(space, Views):
             return Views(self.shrink(space.images, space.picture_space))
-        if not is_image(space):
+        if not is_picture(space):
             return space
         shape = self.shrink(np.zeros(space.shape, space.dtype), space).shape
         if channels_last(shape) != channels_last(space.shape):                  # an encoder could not tell
@@ -227,7 +227,7 @@ class ShrunkImages(gym.vector.VectorWrapper):
             return {name: self.shrink(obs[name], part) for name, part in space.items()}
         if isinstance(space, gym.spaces.Tuple):
             return tuple(self.shrink(o, part) for o, part in zip(obs, space))
-        if not is_image(space):
+        if not is_picture(space):
             return obs
         last, k = channels_last(space.shape) and len(space.shape) > 2, self.factor
         x = np.moveaxis(obs, -1, -3) if last else obs       # [..., H, W]
@@ -249,10 +249,6 @@ class ShrunkImages(gym.vector.VectorWrapper):
         for i in np.flatnonzero(infos.get("_final_obs", [])):
             infos["final_obs"][i] = self.shrink(infos["final_obs"][i], space)
         return self.shrink(obs, space), rewards, terminated, truncated, infos
-
-
-def is_image(space):
-    return isinstance(space, gym.spaces.Box) and is_picture(space)
 
 
 class PreviousActionReward(gym.vector.VectorWrapper):

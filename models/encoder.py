@@ -116,13 +116,13 @@ class Encoder(nn.Module):
 
     @staticmethod
     def leaf(space, normalize, whiten):
-        if whiten and (isinstance(space, Views) or (isinstance(space, gym.spaces.Box) and is_picture(space))):
+        if whiten and (isinstance(space, Views) or is_picture(space)):
             return Whitened(space)
         if isinstance(space, Views):
             return ViewTable(space)
         if isinstance(space, (gym.spaces.Discrete, gym.spaces.MultiDiscrete)):
             return OneHot(space)
-        if isinstance(space, gym.spaces.Box) and is_picture(space):
+        if is_picture(space):
             return Image(space)
         if isinstance(space, gym.spaces.Box):
             return Vector(space, normalize)

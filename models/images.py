@@ -1,6 +1,7 @@
 """The encoder of images: one kind of leaf in models/encoder.py."""
 import math
 
+import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn as nn
@@ -10,6 +11,8 @@ from models.layers import init
 
 def is_picture(space):
     """Boxes of three dimensions and stacks of four; of two only 0 to 255 and at least 8 x 8."""
+    if not isinstance(space, gym.spaces.Box):
+        return False
     if len(space.shape) == 2:
         return space.low.min() >= 0 and space.high.max() == 255 and min(space.shape) >= 8
     return len(space.shape) in (3, 4)

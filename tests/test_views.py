@@ -176,6 +176,8 @@ def test_an_agent_of_whitened_pictures_plays_on_pictures(tmp_path, script, capsy
     kwargs = {"tile_size": 8, "max_steps": 9}
     folder = run(tmp_path, script, env_id="MinigridMemory-v0", env_kwargs=kwargs, shrink_images=2,
                  whiten_images=True, total_timesteps=256, learning_starts=128)[1]
+    names = weights_of(folder).keys()
+    assert any("directions" in name for name in names) and not any("cnn" in name for name in names)
     told = []
     for views in (True, False):
         capsys.readouterr()
