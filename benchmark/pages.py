@@ -206,6 +206,25 @@ def off_policy_speed_table(rows):
     return markdown(header, cells)
 
 
+def devices_table(rows):
+    """devices.csv: a column each device, and how many times faster the last is than the first."""
+    names = {row["device"]: row["name"] for row in rows}
+    cells = []
+    for run in dict.fromkeys(run_of(row) for row in rows):
+        speeds = {row["device"]: int(row["steps_per_second"]) for row in rows if run_of(row) == run}
+        script, memory, num_envs, hidden_size = run
+        ratio = f"{list(speeds.values())[-1] / list(speeds.values())[0]:.1f}" if len(speeds) > 1 else "-"
+        cells.append([
+            f"{script}, {memory}", f"{int(num_envs):,}", hidden_size,
+            *(f"{speeds[device]:,}" if device in speeds else "-" for device in names), ratio])
+    columns = [f"{device} ({name}), steps/s" for device, name in names.items()]
+    return markdown(["script, memory", "environments", "width", *columns, "ratio"], cells)
+
+
+def run_of(row):
+    return tuple(row[column] for column in ("script", "memory", "num_envs", "hidden_size"))
+
+
 def layers_table(rows):
     """layers.csv: a column each shape, milliseconds."""
     shapes = list(dict.fromkeys(f"[{row['T']}, {row['B']}, {row['H']}], ms" for row in rows))
@@ -365,6 +384,7 @@ TABLES = {                                                  # {name: (file, func
     "models": (ROOT / "benchmark/models/models.csv", models_table),
     "speed": (RESULTS / "speed.csv", speed_table),
     "dqn-speed": (RESULTS / "dqn-speed.csv", dqn_speed_table),
+    "devices": (RESULTS / "devices.csv", devices_table),
     "off-policy-speed": (RESULTS / "off-policy-speed.csv", off_policy_speed_table),
     "layers": (RESULTS / "layers.csv", layers_table),
     "minigrid-sizes": (RESULTS / "minigrid-sizes.csv", sizes_table),

@@ -7,6 +7,7 @@
     python benchmark/speed.py --dqn tbb:lru tbb:ffm sbb:lru          double DQN at memory-monoids' sizes
     python benchmark/speed.py --dqn sbb:lstm sbb:gpt --length 250    on 64 whole episodes at Memory-RL's sizes
     python benchmark/speed.py --off-policy sac_gru:gru sac_gru:none  against stable-baselines3 without memory
+    python benchmark/speed.py --devices cpu cuda                     the same trainings on a CPU and on a GPU
 
 By default it runs our PPO scripts and sb3-contrib's RecurrentPPO in turn, at equal work: the same vectorised
 task, network (one LSTM for policy and value, then one hidden layer each), rollout, epochs, minibatches,
@@ -24,6 +25,7 @@ import collections
 import csv
 import importlib
 import json
+import platform
 import statistics
 import subprocess
 import sys
@@ -37,7 +39,7 @@ sys.path.insert(0, str(ROOT))
 
 from models import MEMORIES  # noqa: E402
 from models.command_line import command_line  # noqa: E402
-from models.flags import EMPTY, fail  # noqa: E402
+from models.flags import EMPTY, fail, pick_device  # noqa: E402
 
 # name: env id, env kwargs, N, T, minibatches, LSTM size, hidden layer, encoder size (images), updates to time
 TASKS = {
@@ -66,6 +68,14 @@ OFF_POLICY = {
     "dqn_recurrent_tbb": ("popgym-RepeatPreviousEasy-v0", 64, 1, 160, "DQN", 1_020),
     "sac_discrete_sbb": ("popgym-RepeatPreviousEasy-v0", 160, 16, 12, None, None)}
 LEARNING_STARTS = 10_000  # environment steps, of --off-policy
+# --devices: script, memory, N, H. PPO steps a task that costs next to nothing; the others as in OFF_POLICY
+DEVICE_RUNS = [
+    ("ppo_recurrent_sbb", "lstm", 64, 128), ("ppo_recurrent_sbb", "lstm", 1_024, 128),
+    ("ppo_recurrent_tbb", "lru", 64, 128), ("ppo_recurrent_tbb", "lru", 1_024, 128),
+    ("ppo_recurrent_tbb", "lru", 256, 512), ("ppo_recurrent_tbb", "deltanet", 1_024, 128),
+    ("ppo_recurrent_tbb", "gpt", 256, 128),
+    ("dqn_recurrent_sbb", "gru", 16, 256), ("dqn_recurrent_tbb", "lru", 16, 256),
+    ("sac_discrete_sbb", "gru", 16, 256), ("sac_gru", "gru", 16, 256), ("td3_gru", "gru", 16, 256)]
 
 
 @dataclass
@@ -79,6 +89,7 @@ class Args:
     layer_size: int = 128  # H of --memories
     dqn: tuple[str, ...] = ()  # time double DQN instead: script:memory, a memory of DQN_MEMORIES
     off_policy: tuple[str, ...] = ()  # time these against stable-baselines3: script:memory
+    devices: tuple[str, ...] = ()  # time the same trainings on each of these instead
     length: int = 0  # with --dqn: on whole episodes of T-Maze of this length; 0: RepeatPrevious
     separate_lstm: bool = False  # RecurrentPPO's default: a second LSTM for the critic
     out: str | None = None  # also append the table to this CSV file
@@ -97,9 +108,8 @@ def ours(args, script, flags):
     for an environment step, and each phase's share of the time.
     """
     with tempfile.TemporaryDirectory() as folder:
-        more = {
-            "device": "cpu", "num-threads": args.threads, "runs-dir": folder, "run-name": "speed"}
-        command = [sys.executable, ROOT / f"{script}.py", *argv(flags | more)]
+        more = {"num-threads": args.threads, "runs-dir": folder, "run-name": "speed"}
+        command = [sys.executable, ROOT / f"{script}.py", *argv({"device": "cpu"} | flags | more)]
         subprocess.run(command, check=True, capture_output=True)
         rows = list(csv.DictReader((Path(folder) / "speed" / "progress.csv").open()))
     begin = flags.get("learning-starts", 0)
@@ -377,6 +387,34 @@ def time_dqn(args):
             **shares(median, lambda x: f"{x:.2f}")})
 
 
+def device_flags(args, script, memory, num_envs, hidden_size):
+    sizes = {"memory": memory, "num-envs": num_envs, "hidden-size": hidden_size, "mlp-size": hidden_size}
+    if script in OFF_POLICY:
+        return off_policy_flags(args, script, memory) | sizes
+    return sizes | {
+        "env-id": "MinigridMemory-v0", "shrink-images": 7, "whiten-images": None,
+        "encoder-size": hidden_size, "num-steps": 128, "num-minibatches": 8, "update-epochs": 4,
+        "total-timesteps": 2 * 128 * num_envs}  # the first warms up
+
+
+def time_devices(args):
+    """Every script on every device: steps per second; medians, in turn."""
+    for run in DEVICE_RUNS:
+        flags = device_flags(args, *run)
+        medians = in_turn(args, [(run[0], flags | {"device": device}) for device in args.devices])
+        for device, median in zip(args.devices, medians):
+            append(args.out, {
+                **dict(zip(("script", "memory", "num_envs", "hidden_size"), run)),
+                "device": device, "name": device_name(device), "threads": args.threads, "n": args.repeats,
+                "steps_per_second": f"{median['steps_per_second']:.0f}"})
+
+
+def device_name(device):
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine()
+
+
 def append(path, row):
     """Prints a row, and adds it to a CSV file, if there is a path; a new file begins with the header."""
     print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
@@ -402,6 +440,8 @@ def check(args):
     for task in args.tasks:
         if task not in TASKS:
             fail(f"--tasks {task} is not one of {', '.join(TASKS)}")
+    for device in args.devices:
+        pick_device(device)
     if args.child is not None and args.child not in TASKS | OFF_POLICY:
         fail(f"--child {args.child} is not one of {', '.join(TASKS | OFF_POLICY)}")
     most = {"num_layers": 1024, "repeats": 1000, "threads": 1024, "layer_size": 2**16, "length": 2**20}
@@ -434,6 +474,8 @@ def main(argv=None):
         time_dqn(args)
     elif args.off_policy:
         time_off_policy(args)
+    elif args.devices:
+        time_devices(args)
     else:
         time_ppo(args)
 

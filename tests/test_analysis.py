@@ -267,6 +267,17 @@ def test_what_is_compared_on_images_shows_images():
             assert isinstance(space, gym.spaces.Box) and len(space.shape) == 3
 
 
+@pytest.mark.parametrize("run", speed.DEVICE_RUNS, ids=lambda run: "-".join(map(str, run)))
+def test_devices_are_timed_on_what_the_table_says(run):
+    """PPO: a rollout to warm up and one to time."""
+    script = importlib.import_module(run[0])
+    args, _ = parse(script.Args, run[0], speed.argv(speed.device_flags(speed.Args(), *run)))
+    script.check(args)
+    assert (args.memory, args.num_envs, args.hidden_size, args.mlp_size) == (*run[1:], run[3])
+    if run[0].startswith("ppo"):
+        assert args.total_timesteps == 2 * args.num_envs * args.num_steps
+
+
 @pytest.mark.parametrize("name", speed.OFF_POLICY)
 def test_off_policy_runs_of_speed_train_as_often_and_on_as_many_steps_as_it_says(
         name, tmp_path, monkeypatch):

@@ -231,6 +231,7 @@ TOOLS = {
         --out .|--out
         --out text/out.csv|--out
         --out nowhere/out.csv|--out
+        --devices cuda:99|cuda:99
         --child nothing|--child""",
     "every_task": """
         --ids nothing|--ids

@@ -106,6 +106,17 @@ def test_off_policy_speeds_have_no_ratio_where_there_is_nothing_to_compare_with(
     assert second == "| sac_discrete_sbb, gru | 1,000 | - | - | 8.1 | - | 10%, 20%, 30%, 40% |"
 
 
+def test_devices_side_by_side():
+    run = {"script": "sac_gru", "memory": "gru", "num_envs": "1024", "hidden_size": "64"}
+    cpu = run | {"device": "cpu", "name": "x86_64", "steps_per_second": "200"}
+    gpu = run | {"device": "cuda", "name": "G", "steps_per_second": "3000"}
+    header, _, both, alone = pages.devices_table([cpu, gpu, gpu | {"memory": "lru"}]).splitlines()
+    assert header == ("| script, memory | environments | width | cpu (x86_64), steps/s | cuda (G), steps/s "
+                      "| ratio |")
+    assert both == "| sac_gru, gru | 1,024 | 64 | 200 | 3,000 | 15.0 |"
+    assert alone == "| sac_gru, lru | 1,024 | 64 | - | 3,000 | - |"
+
+
 def test_first_steps_to_a_level_of_an_entry_and_of_a_grids_cell(tmp_path, monkeypatch):
     monkeypatch.setattr(pages, "RESULTS", tmp_path)
     (tmp_path / "table.csv").write_text("entry,steps_to_level\nother,1\nmine,20\nmine,\n")
