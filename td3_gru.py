@@ -28,7 +28,7 @@ from envs.vector import make_envs, make_rendered  # importing envs registers its
 from models import MEMORIES, Trunk, mlp, to_tensors
 from models.cpu_speed import keep_freed_memory
 from models.files import refuse_more_than_memory
-from models.flags import Count, Fraction, Json, Positive, Schedule, Whole, fail, parse
+from models.flags import Count, Fraction, Json, Positive, Schedule, Whole, fail, number, parse
 from models.heads import to_bounds
 from models.play import enjoy, film, play
 from models.run_folder import Run, make_agent, restore_random_generators
@@ -67,6 +67,7 @@ class Args:
     policy_frequency: Count = 2  # gradient steps of the critics to one of the policy
     batch_size: Count = 64  # S, sequences of an update
     seq_len: Count = 20  # L, steps of a sequence at most
+    burn_in: number(int, 0, 2**20) | None = None  # W, from stored states; none: start from zeros
     always_sample_from_initial_state: bool = False  # sequences begin where their episode begins
     random_seq_length: bool = True  # of 1 to L steps; otherwise of L, or to the end of the episode
     nominal_seq_length_probability: Fraction = 0.5  # share of the random lengths that are L
@@ -110,11 +111,6 @@ class Critics(nn.Module):
         self.q1 = mlp(args.hidden_size + action_size, args.mlp_size, 1, 1.0)
         self.q2 = mlp(args.hidden_size + action_size, args.mlp_size, 1, 1.0)
 
-    def histories(self, obs, start):
-        """h [T, B, H] of sequences without a state before.   obs: leaves of [T, B, ...]; start [T, B] bool"""
-        h, _ = self.memory(obs, self.memory.initial_state(start.shape[1]), start)
-        return h
-
     def forward(self, h, action):
         """Both critics' values, [...] each.   h [..., H], action [..., A]"""
         # PITFALL: with a_t in what the memory reads, only a sequence's last action can be the policy's: an
@@ -148,6 +144,18 @@ class Agent(nn.Module):
         h, state = self.memory(obs, state, start)
         return self.policy(h).tanh(), state
 
+    def initial_state(self, batch_size, of_critics):
+        """Of the policy's memory, and of the critics' if they act along, for the sake of stored states."""
+        critics_state = self.critics.memory.initial_state(batch_size) if of_critics else ()
+        return *self.memory.initial_state(batch_size), *critics_state
+
+    def step(self, obs, state, start):
+        """pi, and the next state of all that the state holds: the policy's, and the critics' if they act."""
+        n = len(self.memory.initial_state(1))
+        policy, policy_state = self.pi(obs, state[:n], start)
+        _, critics_state = self.critics.memory(obs, state[n:], start) if state[n:] else (None, ())
+        return policy, (*policy_state, *critics_state)
+
     def act(self, obs, state, start):
         """The actions without noise, as the environment takes them, and the next state.   obs: of [B, ...]"""
         action, state = self.pi(add_time(obs), state, start[None])
@@ -166,11 +174,13 @@ def add_time(obs):
 class Sequences(NamedTuple):
     """S sequences side by side, [L + 1, S, ...]; padded with the observation after their last step."""
     obs: list  # leaves
-    starts: torch.Tensor  # True in row 0 only
+    starts: torch.Tensor  # True in row 0 at most
     actions: torch.Tensor  # [L + 1, S, A]
     rewards: torch.Tensor
     terminated: torch.Tensor
     real: torch.Tensor  # False in the rows after the last step
+    before: list  # obs and starts of W steps before, [W, S, ...]; an episode's first one repeats
+    state: list  # of [S, ...]: what acting left before all this; [] without --burn-in
 
 
 class SequenceReplay:
@@ -180,31 +190,34 @@ class SequenceReplay:
     lies beside o_n. A sequence lies within one episode. In one that still runs it ends before the newest o_t.
     """
 
-    def __init__(self, size, obs, action):
-        """obs, action: examples of what is added, [N, ...] each"""
-        self.N, self.C = len(action), size // len(action)
+    def __init__(self, size, obs, action, state=(), burn_in=None):
+        """obs, action, state: examples of what is added, [N, ...] each.   burn_in: None to keep no states"""
+        self.N, self.C, self.W = len(action), size // len(action), burn_in or 0
         reward, flag = torch.zeros(self.N), torch.zeros(self.N, dtype=torch.bool)
-        step = [x.numpy() for x in (*obs, action, reward, flag)]
+        kept = () if burn_in is None else state
+        step = [x.cpu().numpy() for x in (*obs, action, reward, flag, *kept)]
         self.nbytes = self.N * self.C * (sum(x[0].nbytes for x in step) + 9)       # begin, last: 9
         refuse_more_than_memory(self.nbytes, f"--buffer-size {size}")
         # The zeros are the system's: pages take memory when they are first written.
         self.data = [np.zeros((self.N, self.C, *x.shape[1:]), x.dtype) for x in step]
+        self.leaves, self.states = self.data[:len(obs)], self.data[len(obs) + 3:]
         self.begin = np.zeros((self.N, self.C), np.int64)   # [N, C] where the step's episode began
         self.last = np.zeros((self.N, self.C), bool)        # [N, C] whether o_n lies here
         self.head = np.zeros(self.N, np.int64)              # [N] the next position, modulo C
         self.first = np.zeros(self.N, np.int64)             # [N] where the running episode began
         self.arrays = *self.data, self.begin, self.last, self.head, self.first
 
-    def add(self, obs, action, reward, terminated, ended, last_obs):
+    def add(self, obs, action, reward, terminated, ended, last_obs, state=()):
         """One step of every environment.   ended [E]: whose episodes ended; last_obs: their o_n"""
         now = np.arange(self.N), self.head % self.C
-        for x, value in zip(self.data, (*obs, action, reward, terminated), strict=True):
+        step = *obs, action, reward, terminated, *state[:len(self.states)]
+        for x, value in zip(self.data, step, strict=True):
             x[now] = torch.as_tensor(value).cpu()           # waits for the device
         self.begin[now], self.last[now] = self.first, False
         self.head += 1
         for n, leaves in zip(ended, last_obs, strict=True):
             now = n, self.head[n] % self.C
-            for x, value in zip(self.data, leaves):         # leaves come first in data
+            for x, value in zip(self.leaves, leaves, strict=True):
                 x[now] = value
             self.last[now] = True
             self.head[n] += 1
@@ -219,12 +232,22 @@ class SequenceReplay:
         no_step = self.last[n, (first + t) % self.C] | newest | (t == length)           # [L + 1, S]
         steps = no_step.argmax(0)                           # [S] rows before the first of these
         t = t[:steps.max() + 1]                             # L shrinks to the longest
-        where = (first + np.minimum(t, steps)) % self.C     # [L + 1, S]
-        *obs, actions, rewards, terminated = [torch.from_numpy(x[n, where]).to(device) for x in self.data]
+        begin = self.begin[n, first % self.C]               # [S]
+        burn_in = np.maximum(first - self.W, begin)         # [S] where it begins
+        before = np.maximum(first + np.arange(-self.W, 0)[:, None], burn_in)            # [W, S]
+
+        def take(arrays, positions):
+            return [torch.from_numpy(x[n, positions % self.C]).to(device) for x in arrays]
+
+        *obs, actions, rewards, terminated = take(
+            self.data[:len(self.data) - len(self.states)], first + np.minimum(t, steps))    # [L + 1, S]
         real = torch.from_numpy(t < steps).to(device)
         starts = torch.zeros_like(real)
-        starts[0] = True
-        return Sequences(obs, starts, actions, rewards, terminated, real)
+        starts[0] = torch.from_numpy(first == begin) if self.states else True
+        starts_before = torch.from_numpy(before == begin).to(device)
+        return Sequences(
+            obs, starts, actions, rewards, terminated, real, [*take(self.leaves, before), starts_before],
+            take(self.states, burn_in))
 
     def draw_first_steps(self, S, from_initial_state):
         """Environments and positions [S] where sequences begin, all steps that lie here equally likely."""
@@ -236,13 +259,13 @@ class SequenceReplay:
             oldest, newest = (self.head[env] - self.C).clip(0), self.head[env] - 1
             share = torch.rand(S, dtype=torch.float64).numpy()
             step = oldest + (share * (newest - oldest)).astype(np.int64)
-            good = ~self.last[env, step % self.C]
+            good, begin = ~self.last[env, step % self.C], self.begin[env, step % self.C]
             # PITFALL: an episode's cue is at its first step, and sequences begin anywhere. Symptom: one in an
             #   episode's length holds the cue, the others teach to do without. Here: they begin there on
             #   request. Test: test_sac_td3.py::test_sequences_from_the_initial_state_hold_the_cue.
             if from_initial_state:
-                step = self.begin[env, step % self.C]
-                good &= step >= oldest
+                step = begin
+            good &= np.maximum(step - self.W, begin) >= oldest  # nothing of its burn-in is overwritten
             n, first = np.concatenate([n, env[good]]), np.concatenate([first, step[good]])
         return n[:S], first[:S]
 
@@ -273,6 +296,20 @@ def draw_lengths(args):
     return np.where(short, torch.randint(1, L, (S,)).numpy(), L)
 
 
+def state_at_first(trunk, batch, i):
+    """In what state this trunk begins sequences: zeros, or the stored one, which it makes its own by W steps.
+
+    i: 0 for the policy's, 1 for the critics', half of the stored state each
+    """
+    n = len(batch.state) // 2
+    state = batch.state[i * n:(i + 1) * n] or trunk.initial_state(batch.real.shape[1])
+    *obs_before, starts_before = batch.before
+    if len(starts_before):
+        with torch.no_grad():
+            _, state = trunk(obs_before, state, starts_before)
+    return state
+
+
 def polynomial(schedule, step, total_steps):
     """v(t) = (v0 - v1) (1 - t/D)^power + v1, then v1.   schedule: (v0[, v1[, power[, D]]]), D in steps"""
     defaults = (schedule[0], schedule[0], 1.0, total_steps)
@@ -284,8 +321,12 @@ def check(args):
     """Refuses flags that do not fit each other."""
     if args.total_timesteps < max(args.train_every, args.num_envs):
         fail(f"--total-timesteps {args.total_timesteps} must be at least --train-every and --num-envs")
-    if args.buffer_size < 3 * args.num_envs:
-        fail(f"--buffer-size {args.buffer_size} must be at least 3 x --num-envs = {3 * args.num_envs}")
+    least = (3 + (args.burn_in or 0)) * args.num_envs
+    if args.buffer_size < least:
+        fail(f"--buffer-size {args.buffer_size} must be at least (3 + --burn-in) x --num-envs = {least}")
+    if args.burn_in is not None and args.wipe_state_every:
+        fail(f"--burn-in {args.burn_in} stores what --wipe-state-every {args.wipe_state_every} wipes: leave "
+             "out one of them")
 
 
 def train(args, saved):
@@ -311,8 +352,8 @@ def train(args, saved):
     stats, actor_stats = [], []                             # of gradient steps since the last row
     next_obs = tensors(envs.reset(seed=args.seed)[0])       # leaves of [N, ...]
     next_start = torch.ones(N, dtype=torch.bool)
-    state = agent.memory.initial_state(N)                   # tuple of [N, ...]
-    replay = SequenceReplay(args.buffer_size, next_obs, torch.zeros(N, A))
+    state = agent.initial_state(N, of_critics=args.burn_in is not None)     # tuple of [N, ...]
+    replay = SequenceReplay(args.buffer_size, next_obs, torch.zeros(N, A), state, args.burn_in)
     print(f"replay: {replay.N * replay.C:,} positions, {replay.nbytes / 2**20:,.1f} MiB when full")
 
     if saved:
@@ -346,14 +387,14 @@ def train(args, saved):
 
         # -------------------------------------------------------------- rollout: T steps in N environments
         for t in range(T):
-            obs, start = next_obs, next_start
+            obs, start, before = next_obs, next_start, state
             if args.wipe_state_every:
                 # KNOWN BUG (rl_tools gru operations_generic.h): acting wipes the state every L steps.
                 #   Symptom: a perfect CountInput agent gets -230 instead of 0. Here: at episodes' starts; see
                 #   --wipe-state-every. Test: test_sac_td3.py::test_wiping.
                 start = start | torch.as_tensor(envs.lengths % args.wipe_state_every == 0)
             with torch.inference_mode():                    # acting is a sequence of length 1
-                action, state = agent.pi(add_time(o.to(device) for o in obs), state, start[None].to(device))
+                action, state = agent.step(add_time(o.to(device) for o in obs), state, start[None].to(device))
                 noise = args.exploration_noise * torch.randn_like(action)
                 action = (action + noise).clamp(-1, 1)[0]   # [N, A]
             if global_step < args.learning_starts:
@@ -365,7 +406,7 @@ def train(args, saved):
             next_obs, done = tensors(next_obs), terminated | truncated
             next_start, ended = torch.as_tensor(done), np.flatnonzero(done)
             last_obs = [tensors(infos["final_obs"][n]) for n in ended]
-            replay.add(obs, action, reward, terminated, ended, last_obs)
+            replay.add(obs, action, reward, terminated, ended, last_obs, before)
             run.lap("batch")
         global_step += T * N
 
@@ -376,7 +417,13 @@ def train(args, saved):
             trained = batch.real[:-1] & ~(batch.real[1:] & args.mask_non_terminal)          # [L, S]
             after_start = global_step > args.policy_learning_starts
             policy_learns = after_start and gradient_steps % args.policy_frequency == 0
-            state_0 = agent.memory.initial_state(args.batch_size)
+            # PITFALL: sequences that start from zeros, as in most recurrent replays. Symptom: what lies more
+            #   than L steps back does not exist, and the first steps are asked for what nobody can know.
+            #   Here: see --burn-in. Test: test_sac_td3.py::test_stored_states_are_those_of_the_whole_episode.
+            state_0 = state_at_first(agent.memory, batch, 0)
+            critics_0 = state_at_first(agent.critics.memory, batch, 1)
+            target_0 = state_at_first(target.memory, batch, 0)
+            target_critics_0 = state_at_first(target.critics.memory, batch, 1)
             run.lap("batch")
 
             # --- targets
@@ -384,13 +431,10 @@ def train(args, saved):
                 # PITFALL: targets from o_1 ... o_L only. Symptom: values do not depend on what the first step
                 #   alone shows, and the policy ignores it. Here: see --include-first-step-in-targets.
                 #   Test: test_sac_td3.py::test_a_cue_needs_the_first_step_in_targets.
-                if args.include_first_step_in_targets:
-                    next_h = target.critics.histories(batch.obs, batch.starts)[1:]      # [L, S, H]
-                    next_actions = target.pi(batch.obs, state_0, batch.starts)[0][1:]   # [L, S, A]
-                else:
-                    later_obs, later_starts = tuple(o[1:] for o in batch.obs), batch.starts[:-1]
-                    next_h = target.critics.histories(later_obs, later_starts)
-                    next_actions, _ = target.pi(later_obs, state_0, later_starts)
+                next_starts = batch.starts.clone()
+                next_starts[1] = not args.include_first_step_in_targets
+                next_h = target.critics.memory(batch.obs, target_critics_0, next_starts)[0][1:]  # [L, S, H]
+                next_actions = target.pi(batch.obs, target_0, next_starts)[0][1:]       # [L, S, A]
                 noise = args.policy_noise * torch.randn_like(next_actions)
                 next_actions = (next_actions + noise.clamp(-args.noise_clip, args.noise_clip)).clamp(-1, 1)
                 values = torch.minimum(*target.critics(next_h, next_actions))               # [L, S]
@@ -399,7 +443,7 @@ def train(args, saved):
                 targets = batch.rewards[:-1] + args.gamma * ~batch.terminated[:-1] * values  # [L, S]
 
             # --- critics
-            h = agent.critics.histories(batch.obs, batch.starts)[:-1]                   # [L, S, H]
+            h = agent.critics.memory(batch.obs, critics_0, batch.starts)[0][:-1]        # [L, S, H]
             q1, q2 = agent.critics(h, batch.actions[:-1])   # [L, S]
             qf_loss = sum(F.mse_loss(q[trained], targets[trained]) for q in (q1, q2))  # waits
             q_optimizer.zero_grad()

@@ -159,6 +159,17 @@ def gradient_through_burn_in(script):
     wrap(script.Agent, "forward", planted)
 
 
+@plant("a gradient goes through the burn-in", "faults C",
+       "test_sac_td3.py::test_burn_in_has_no_gradient_and_every_network_burns_in_alone[{script}]",
+       ("sac_gru", "td3_gru"))
+def gradient_through_burn_in_of_sequences(script):
+    def planted(original, trunk, batch, i):
+        stored = original(trunk, batch._replace(before=[x[:0] for x in batch.before]), i)
+        *obs, starts = batch.before
+        return trunk(obs, stored, starts)[1] if len(starts) else stored
+    wrap(script, "state_at_first", planted)
+
+
 @plant("the target's action is not clamped", "faults C, td3_gru.py",
        f"test_sac_td3.py::{TD3_LOSSES}")
 def target_action_not_clamped():
@@ -175,6 +186,13 @@ def target_action_not_clamped():
        ("dqn_recurrent_sbb", "sac_discrete_sbb"))
 def stored_too_late(script):
     rewrite(script, "terminated, before, ended", "terminated, state, ended")
+
+
+@plant("the state after the step is stored", "faults C",
+       "test_sac_td3.py::test_stored_states_are_those_of_the_whole_episode[{script}-0-lstm]",
+       ("sac_gru", "td3_gru"))
+def stored_too_late_for_sequences(script):
+    rewrite(script, "last_obs, before)", "last_obs, state)")
 
 
 @plant("Key-to-Door keeps the key into the next episode", "faults C, envs/visual_match.py",
@@ -456,6 +474,9 @@ with_flag("targets do not see the first observation", "KNOWN BUG in train",
 with_flag("acting wipes the state every 2 steps", "KNOWN BUG in train",
           "test_sac_td3.py::test_acting_forgets_where_an_episode_starts_and_nowhere_else[{script}]",
           ("sac_gru", "td3_gru"), wipe_state_every=2)
+with_flag("sequences start from zeros, whatever was stored", "PITFALL in train",
+          "test_sac_td3.py::test_stored_states_are_those_of_the_whole_episode[{script}-0-lstm]",
+          ("sac_gru", "td3_gru"), burn_in=None)
 with_flag("targets from o_1 on only", "PITFALL in train",
           lambda script: "test_sac_td3.py::" + {
               "sac_gru": "test_losses_equal_their_definition[0-1-1-1-Cue-v0]",

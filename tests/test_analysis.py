@@ -144,7 +144,9 @@ def test_horizons_outputs_are_what_the_agent_acts_by(name):
         if name in CONTINUOUS:
             policy, _ = agent.pi(obs, state, start)
             action = policy if name == "td3_gru" else policy.mode()
-            value = torch.minimum(*agent.critics(agent.critics.histories(obs, start), action))
+            critics = agent.critics
+            h, _ = critics.memory(obs, critics.memory.initial_state(1), start)
+            value = torch.minimum(*critics(h, action))
             torch.testing.assert_close(out["policy"].tanh(), action[:, 0, 0])
         elif name in DQN:
             q, _ = agent(obs, state, start)

@@ -76,6 +76,9 @@ BAD_SAC_DISCRETE = {
     "--no-freeze-critic": "--shared-encoder",
 }
 BAD_CONTINUOUS = {
+    "--burn-in -1": "--burn-in",
+    "--burn-in 98 --buffer-size 1600 --num-envs 16": "(3 + --burn-in)",
+    "--burn-in 5 --wipe-state-every 10": "--wipe-state-every",
     "--env-id PocMemory-v0": "action space",
     '--env-id CountInput-v0 --env-kwargs {"mode":"count"}': "count_input",
     "--policy-lr 1 1 1 1 1": "--policy-lr",

@@ -95,7 +95,7 @@ OPTIONS = {
     "views": (["ppo_recurrent_tbb", "dqn_recurrent_sbb"], {
         "env_id": "MinigridMemory-v0", "env_kwargs": {"max_steps": 9}, "encoder_size": 16,
         "prev_action": True}),
-    "stored-states": (DISCRETE_OFF_POLICY, {"burn_in": 3, "seq_len": 2}),
+    "stored-states": ([*DISCRETE_OFF_POLICY, *CONTINUOUS], {"burn_in": 3, "seq_len": 2}),
     "n-step": (DQN, {"n_step": 3, "omit_first_obs": True, "fixed_tape": True, "loss": "mse", "seq_len": -1}),
     "temperature": (["sac_discrete_sbb"], {
         "target_entropy": 0.5, "shared_encoder": True, "freeze_critic": False}),

@@ -6,6 +6,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+import torch.utils._pytree as pytree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,9 +14,9 @@ import sac_gru as sac
 import td3_gru as td3
 from envs.batch import BatchEnv, SingleEnv
 from envs.vector import make_envs
-from models import MEMORIES, SquashedGaussian
+from models import MEMORIES, SquashedGaussian, Trunk
 from models.play import play
-from tests.helpers import column, run
+from tests.helpers import column, run, spy
 from tests.probes import NUMBERS, acted, check_what_enters_the_replay, watched
 
 COUNT = dict(
@@ -121,7 +122,7 @@ class Episodes:
             for n in range(self.N):
                 self.known[after[n]] = (self.begins[n], self.t[n], None)
             ended = np.flatnonzero(done)
-            replay.add(*step, ended, [(torch.tensor(after[n]),) for n in ended])
+            replay.add(*step, ended, [(torch.tensor(after[n]),) for n in ended], step[0])
             for n in ended:
                 self.begin(n, after)
             self.obs = after
@@ -132,13 +133,14 @@ class Episodes:
 
 
 def steps_in(replay, whole):
-    """How many steps lie in the replay, or, of those, in episodes that lie there from their first step on."""
+    """How many steps lie in the replay with their burn-in, or with all of their episode that was before."""
     count = 0
     for n in range(replay.N):
         oldest = max(0, replay.head[n] - replay.C)
         for t in range(oldest, replay.head[n] - 1):
-            is_step = not replay.last[n, t % replay.C]
-            count += is_step and (not whole or replay.begin[n, t % replay.C] >= oldest)
+            begin = replay.begin[n, t % replay.C]
+            needed = begin if whole else max(begin, t - replay.W)
+            count += not replay.last[n, t % replay.C] and needed >= oldest
     return count
 
 
@@ -146,11 +148,16 @@ def steps_in(replay, whole):
 @given(
     N=st.integers(1, 4), C=st.integers(3, 40), seed=st.integers(0, 2**20),
     ends=st.sampled_from([0.02, 0.1, 0.3, 0.9]), steps=st.integers(2, 120), S=st.integers(1, 20),
-    L=st.sampled_from([1, 3, 7, 60]), initial=st.booleans(), random=st.booleans(), stopped=st.booleans())
-def test_sequences_are_made_of_observed_steps(N, C, seed, ends, steps, S, L, initial, random, stopped):
-    """In order, of one episode, then its next observation. `stopped`: a resume ended all episodes midway."""
+    L=st.sampled_from([1, 3, 7, 60]), W=st.sampled_from([None, 0, 2, 9]), initial=st.booleans(),
+    random=st.booleans(), stopped=st.booleans())
+def test_sequences_are_made_of_observed_steps(N, C, seed, ends, steps, S, L, W, initial, random, stopped):
+    """In order, of one episode, then its next observation. `stopped`: a resume ended all episodes midway.
+
+    The state of a step is its observation.
+    """
     world = Episodes(N, seed, ends)
-    replay = sac.SequenceReplay(N * C, *world.step()[0][:2])
+    obs, action = world.step()[0][:2]
+    replay = sac.SequenceReplay(N * C, obs, action, obs, W)
     world.add_to(replay, steps)
     if stopped:
         replay.forget_running()
@@ -168,12 +175,19 @@ def test_sequences_are_made_of_observed_steps(N, C, seed, ends, steps, S, L, ini
     batch = replay.sample(args, "cpu")
     assert batch.real.shape[1] == S and len(batch.real) <= L + 1
     assert batch.real[0].all() and not batch.real[-1].any()
-    assert batch.starts[0].all() and not batch.starts[1:].any()
+    assert not batch.starts[1:].any()
     for b in range(S):
         length = int(batch.real[:, b].sum())
         assert batch.real[:length, b].all()
         episode, first, _ = world.known[int(batch.obs[0][0, b])]
         assert first == 0 or not initial
+        assert batch.starts[0, b] == (W is None or first == 0)
+        back = [max(0, first - k) for k in range(W or 0, 0, -1)]                # steps of the episode
+        obs_before, starts_before = batch.before
+        assert [world.known[int(o)][:2] for o in obs_before[:, b]] == [(episode, t) for t in back]
+        assert starts_before[:, b].tolist() == [t == 0 for t in back]
+        if W is not None:
+            assert world.known[int(batch.state[0][b])][:2] == (episode, max(0, first - W))
         for t in range(len(batch.real)):
             *place, beside = world.known[int(batch.obs[0][t, b])]
             assert place == [episode, first + min(t, length)]
@@ -233,7 +247,8 @@ def test_lengths_are_those_ordered():
 @pytest.mark.quick
 def test_a_restored_replay_draws_and_continues_alike(tmp_path, capsys):
     world = Episodes(3, 0, 0.2)
-    replays = [sac.SequenceReplay(90, *world.step()[0][:2]) for _ in range(2)]
+    obs, action = world.step()[0][:2]
+    replays = [sac.SequenceReplay(90, obs, action, obs, burn_in=2) for _ in range(2)]
     world.add_to(replays[0], 70)                            # twice around
     torch.save(replays[0].state_dict(), tmp_path / "replay.pt")
     saved = torch.load(tmp_path / "replay.pt", weights_only=True)
@@ -243,13 +258,89 @@ def test_a_restored_replay_draws_and_continues_alike(tmp_path, capsys):
         for replay in replays:
             torch.manual_seed(3)
             samples.append(replay.sample(sac.Args(), "cpu"))
-        assert all(map(torch.equal, samples[0][1:], samples[1][1:]))
-        assert torch.equal(samples[0].obs[0], samples[1].obs[0])
+        assert all(map(torch.equal, *(pytree.tree_leaves(list(sample)) for sample in samples)))
         both = types.SimpleNamespace(add=lambda *step: [replay.add(*step) for replay in replays])
         world.add_to(both, 13)
     with pytest.raises(SystemExit):
         sac.SequenceReplay(93, *world.step()[0][:2]).load_state_dict(saved)
     assert "the saved replay has other sizes" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------- stored states, burn-in
+
+def calls_of_updates(calls, burn_in):
+    """Calls of Trunk.forward, together those of a gradient step: burn-in of every trunk, then training."""
+    calls = [call for call in calls if len(call.args[3]) > 1]                   # others act
+    together = len({id(call.args[0]) for call in calls}) * (2 if burn_in else 1)
+    return [calls[i:i + together] for i in range(0, len(calls), together)]
+
+
+STILL = dict(policy_lr=(0.0,), q_lr=(0.0,), policy_learning_starts=0, policy_frequency=1, num_layers=2)
+
+
+def error_of_stored_states(tmp_path, monkeypatch, script, memory, burn_in):
+    """Greatest difference between h_t in training and h_t of the whole episode; the weights do not move.
+
+    An observation is (episode, step) and says all that there is to know of its history. Policy, critics and
+    targets are asked.
+    """
+    calls, drawn = spy(monkeypatch, Trunk, "forward"), spy(monkeypatch, script.SequenceReplay, "sample")
+    run(tmp_path, script, **NUMBERS, **STILL, memory=memory, burn_in=burn_in, seq_len=2)
+    updates, errors, known = calls_of_updates(calls, burn_in), [], {}
+
+    def of_whole_episode(trunk, episode):
+        if (id(trunk), episode) not in known:
+            steps = torch.arange(6.0)
+            obs = torch.stack([torch.full_like(steps, episode), steps], dim=-1)[:, None]
+            h, _ = trunk((obs,), trunk.initial_state(1), (steps == 0)[:, None])
+            known[id(trunk), episode] = h[:, 0].detach()
+        return known[id(trunk), episode]
+
+    for batch, update in zip(drawn, updates, strict=True):
+        real = batch.result.real
+        for call in update[len(update) // 2 if burn_in else 0:]:
+            for (episode, t), h in zip(batch.result.obs[0][real].tolist(), call.result[0][real]):
+                expected = of_whole_episode(call.args[0], episode)[int(t)]
+                errors.append(((h - expected).abs().max() / expected.abs().max()).item())
+    assert len(errors) > 900
+    return max(errors)
+
+
+@pytest.mark.parametrize("memory", ["lstm", "lru", "deltanet", "gpt"])
+@pytest.mark.parametrize("burn_in", [0, 3])
+def test_stored_states_are_those_of_the_whole_episode(script, tmp_path, monkeypatch, memory, burn_in):
+    assert error_of_stored_states(tmp_path, monkeypatch, script, memory, burn_in) < 1e-4
+
+
+def test_pitfall_sequences_that_start_from_zeros(script, tmp_path, monkeypatch):
+    assert error_of_stored_states(tmp_path, monkeypatch, script, "lstm", None) > 1e-2
+
+
+@pytest.mark.quick
+def test_burn_in_has_no_gradient_and_every_network_burns_in_alone(script, tmp_path, monkeypatch):
+    calls, forward = [], Trunk.forward
+
+    def recording_forward(trunk, obs, state, start):
+        y, after = forward(trunk, obs, state, start)
+        calls.append(types.SimpleNamespace(
+            args=(trunk, obs, state, start), after=after, training=torch.is_grad_enabled()))
+        return y, after
+
+    monkeypatch.setattr(Trunk, "forward", recording_forward)
+    run(tmp_path, script, **NUMBERS, policy_learning_starts=0, policy_frequency=1, burn_in=3, seq_len=5)
+    updates = calls_of_updates(calls, burn_in=True)
+    assert len(updates) > 20
+    for update in updates[3:]:
+        burned = {id(call.args[0]): call for call in update[:len(update) // 2]}
+        stored = {}
+        for call in burned.values():
+            assert not call.training and len(call.args[3]) == 3
+            stored.setdefault(call.args[2][0].numpy().tobytes(), []).append(call.after[0])
+        # what acting left of the policy and of the critics, from which each network makes a state of its own
+        assert len(stored) == 2 and [len(x) for x in stored.values()] == ([1, 2] if script is sac else [2, 2])
+        assert not any(torch.equal(*states) for states in stored.values() if len(states) == 2)
+        for call in update[len(update) // 2:]:
+            assert call.args[2] is burned[id(call.args[0])].after
 
 
 # ---------------------------------------------------------------------- losses and gradients
@@ -318,7 +409,7 @@ def test_losses_equal_their_definition(tmp_path, monkeypatch, task, changes):
         alpha = agent.log_alpha.exp().item()
         torch.set_rng_state(now.random)
         noise = torch.randn(*now.batch.real.shape, 1).double()
-        later_noise = torch.randn_like(noise[1:].float()).double()
+        later_noise = torch.randn_like(noise.float()).double()[1:]
         squares, policy_losses, logprobs = [], [], []
         drawn = sequences(now.batch, changes["mask_non_terminal"])
         for b, steps, trained, obs, actions, rewards, ends in drawn:
@@ -445,7 +536,7 @@ def test_the_policys_gradient_goes_to_the_start_and_no_further(script, memory):
     start[0], start[3, 1] = True, True
     policy, _ = agent.pi((obs,), agent.memory.initial_state(4), start)
     action = policy.rsample()[0] if script is sac else policy
-    h = agent.critics.histories((obs.detach(),), start)
+    h, _ = agent.critics.memory((obs.detach(),), agent.critics.memory.initial_state(4), start)
     (gradient,) = torch.autograd.grad(agent.critics(h[7], action[7])[0][1], obs)
     reached = gradient.abs().sum(-1) > 0                    # [10, 4]
     assert reached[:, [0, 2, 3]].any().item() is False      # other sequences
