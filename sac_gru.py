@@ -2,11 +2,13 @@
 
     python sac_gru.py                                                 trains PendulumMasked-v1
     python sac_gru.py --env-id CountInput-v0 --gamma 0 --memory lru   counts the ones among the last ten bits
+    python sac_gru.py --burn-in 10                                    from stored states (R2D2)
     python sac_gru.py --model runs/.../model.safetensors              watches the trained agent
     tensorboard --logdir runs                                         draws the curves
 
 SAC: Haarnoja et al. 2018 (https://arxiv.org/abs/1812.05905). With memory: Heess et al. 2015
 (https://arxiv.org/abs/1512.04455), Ni et al. 2022 (https://arxiv.org/abs/2110.05038), and RLtools.
+Stored states: R2D2, Kapturowski et al. 2019.
 
 The memories read (o_t, a_{t-1}), never a_t: h_t is the history at which the agent must act. a_t enters behind
 them, in Q(h_t, a_t). The policy's own action can therefore take the place of the stored one at *every* step
@@ -17,7 +19,7 @@ of a sequence without touching the history of any other, and every real step tra
     policy    mean of alpha log pi(a~_t) - min Q(h_t, a~_t), through its memory to the sequence's first step
 
 Symbols: N environments, T steps between two visits to the replay, C positions of an environment's ring,
-S sequences, L steps of the longest, A numbers of an action, H hidden size. Time-major: [L + 1, S, ...].
+S sequences, L steps of the longest, W burn-in steps, A numbers of an action, H hidden size. Time-major.
 """
 import copy
 import sys
@@ -308,11 +310,8 @@ def draw_lengths(args):
 
 
 def state_at_first(trunk, batch, i):
-    """In what state this trunk begins sequences: zeros, or the stored one, which it makes its own by W steps.
-
-    i: 0 for the policy's, 1 for the critics', half of the stored state each
-    """
-    n = len(batch.state) // 2
+    """In what state a trunk begins sequences: zeros, or the stored one, which it makes its own by W steps."""
+    n = len(batch.state) // 2                               # i: 0 for the policy's half, 1 for the critics'
     state = batch.state[i * n:(i + 1) * n] or trunk.initial_state(batch.real.shape[1])
     *obs_before, starts_before = batch.before
     if len(starts_before):

@@ -1,6 +1,7 @@
 """Recurrent TD3 for continuous actions, with any memory, on sequences that begin anywhere in an episode.
 
     python td3_gru.py                                                 trains PendulumMasked-v1
+    python td3_gru.py --burn-in 10                                    from stored states (R2D2)
     python td3_gru.py --model runs/.../model.safetensors              watches the trained agent
     tensorboard --logdir runs                                         draws the curves
 
@@ -297,11 +298,8 @@ def draw_lengths(args):
 
 
 def state_at_first(trunk, batch, i):
-    """In what state this trunk begins sequences: zeros, or the stored one, which it makes its own by W steps.
-
-    i: 0 for the policy's, 1 for the critics', half of the stored state each
-    """
-    n = len(batch.state) // 2
+    """In what state a trunk begins sequences: zeros, or the stored one, which it makes its own by W steps."""
+    n = len(batch.state) // 2                               # i: 0 for the policy's half, 1 for the critics'
     state = batch.state[i * n:(i + 1) * n] or trunk.initial_state(batch.real.shape[1])
     *obs_before, starts_before = batch.before
     if len(starts_before):
