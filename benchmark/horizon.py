@@ -205,10 +205,10 @@ def values_of(sweep):
     return values
 
 
-def sweep(agent, args, envs, options):
+def sweep(script, args, saved, envs, options):
     """Mean return and success with each value of the argument (or each task), [2, values].
 
-    envs: of the training
+    saved: the model; envs: of the training
     """
     name = options.sweep[0]
     kwargs, space = args.env_kwargs, (envs.single_observation_space, envs.single_action_space)
@@ -221,6 +221,7 @@ def sweep(agent, args, envs, options):
         envs = make_envs(args, min(16, options.episodes), training=False)
         if (envs.single_observation_space, envs.single_action_space) != space:
             fail(f"--sweep {name} {value} has other observations or actions than the task of training")
+        agent, _ = make_agent(script.Agent, args, envs, saved)      # numbered pictures may have other numbers
         means.append(play(agent, envs, options.episodes, args.seed).mean(axis=1))
         print(f"{args.memory}, {name} = {value}: mean return of {options.episodes} episodes "
               f"{means[-1][0]:.3f}, success {means[-1][2]:.2f}", flush=True)
@@ -231,11 +232,11 @@ def sweep(agent, args, envs, options):
 def draw_sweep(options, out):
     name, values, curves = options.sweep[0], values_of(options.sweep), collections.defaultdict(list)
     for path in options.model:
-        agent, args, envs = load_agent(path)
+        script, args, saved, envs = load_model(path)
         # most tasks keep their arguments under the same names
         task = getattr(envs.unwrapped, "envs", [envs])[0].unwrapped             # ours are one batch
         trained = args.env_kwargs.get(name, getattr(task, name, None))
-        curves[args.memory].append(sweep(agent, args, envs, options))
+        curves[args.memory].append(sweep(script, args, saved, envs, options))
     means = {memory: np.mean(found, axis=0) for memory, found in curves.items()}    # [2, values] each
     has_success = not np.isnan([successes for _, successes in means.values()]).any()
     if len(options.model) > 1:
@@ -271,19 +272,19 @@ def check(options):
         fail(f"--model takes one model ({len(options.model)} are given), or with --sweep several")
 
 
-def load_agent(path):
+def load_model(path):
+    """Its script, its flags, what is saved in it, and the task of its training."""
     script = script_of(path)
     args, saved = parse(script.Args, script.SCRIPT, ["--model", path, "--device", "cpu"])
-    envs = make_envs(args, 1, training=False)
-    agent, _ = make_agent(script.Agent, args, envs, saved)
-    return agent, args, envs
+    return script, args, saved, make_envs(args, 1, training=False)
 
 
 def main(argv=None):
     options = command_line(Args, argv)
     check(options)
     torch.set_num_threads(1)
-    agent, args, envs = load_agent(options.model[0])        # a wrong one shows before anything is written
+    script, args, saved, envs = load_model(options.model[0])
+    agent, _ = make_agent(script.Agent, args, envs, saved)  # a wrong one shows before anything is written
     out = Path(options.model[0]).parent if options.out is None else Path(options.out)
     make_out(out)
     if options.sweep:

@@ -239,7 +239,7 @@ def layers_table(rows):
 
 
 def sizes_table(rows):
-    """minigrid-sizes.csv, as horizon.py --sweep writes it."""
+    """What horizon.py --sweep writes of several models."""
     return markdown(list(rows[0]), [list(row.values()) for row in rows])
 
 
@@ -392,6 +392,7 @@ TABLES = {                                                  # {name: (file, func
     "off-policy-speed": (RESULTS / "off-policy-speed.csv", off_policy_speed_table),
     "layers": (RESULTS / "layers.csv", layers_table),
     "minigrid-sizes": (RESULTS / "minigrid-sizes.csv", sizes_table),
+    "minigrid-s17-random": (RESULTS / "minigrid-s17-random.csv", sizes_table),
     "every-task": (RESULTS / "every-task.csv", every_task_table),
 }
 WRITTEN = {"works": works, "beside": beside, "known-bugs": known_bugs}        # made of more than one file

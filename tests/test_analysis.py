@@ -192,6 +192,20 @@ def test_horizon_report_and_sweep(tmp_path, model):
     assert (tmp_path / "horizon.png").exists() and (tmp_path / "sweep.png").exists()
 
 
+def test_a_sweep_sees_the_pictures_of_the_swept_task(tmp_path, monkeypatch):
+    """A level of random length has other numbered pictures: their numbers are not those of the training."""
+    flags = dict(env_id="MinigridMemory-v0", env_kwargs={"max_steps": 9}, whiten_images=True, shrink_images=7,
+                 encoder_size=8)
+    _, folder = run(tmp_path, tbb, **flags)
+    played = spy(monkeypatch, horizon, "play")
+    horizon.main(["--model", str(folder / "model.safetensors"), "--episodes", "2", "--sweep", "env-kwargs",
+                  '{"size": 17, "random_length": true}'])
+    agent, envs, *_ = played[0].args
+    images = envs.single_observation_space.images
+    numbered = next(m for m in agent.modules() if hasattr(m, "numbered"))
+    assert torch.equal(numbered.images, torch.as_tensor(images)) and len(images) > 64
+
+
 def test_a_sweep_of_several_models_has_a_curve_for_each_memory(tmp_path, monkeypatch):
     """Of two models with one memory the mean. Arguments are swept together."""
     import ppo_recurrent_sbb
