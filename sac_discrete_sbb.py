@@ -222,7 +222,7 @@ class Replay:
 
     def load_state_dict(self, saved):
         if saved["sizes"] != self.sizes:
-            fail("the saved replay has other sizes: leave out what differs of --num-envs and --buffer-size")
+            fail("the saved replay has other sizes: leave out a new --num-envs, --buffer-size or --burn-in")
         for x, value in zip(self.arrays, saved["arrays"]):
             x[:] = value
         self.index.extend(map(tuple, saved["index"].tolist()))

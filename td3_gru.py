@@ -280,7 +280,7 @@ class SequenceReplay:
 
     def load_state_dict(self, saved):
         if [x.shape for x in saved["arrays"]] != [x.shape for x in self.arrays]:
-            fail("the saved replay has other sizes: leave out what differs of --num-envs and --buffer-size")
+            fail("the saved replay has other sizes: leave out a new --num-envs, --buffer-size or --burn-in")
         for x, value in zip(self.arrays, saved["arrays"]):
             x[:] = value
 
