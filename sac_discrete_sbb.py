@@ -7,7 +7,8 @@
 
 SAC: Haarnoja et al. 2018 (https://arxiv.org/abs/1812.05905). With discrete actions, whose expectations are
 sums: Christodoulou 2019 (https://arxiv.org/abs/1910.07207). With memory: Ni et al. 2023
-(https://arxiv.org/abs/2307.03864). The data are those of dqn_recurrent_sbb.py: diff the two.
+(https://arxiv.org/abs/2307.03864). The data are those of dqn_recurrent_sbb.py: diff the two. What pays long
+after it was done is learned with --q-lambda: python sac_discrete_sbb.py --env-id KeyToDoor-v0 --q-lambda 0.8
 
 Symbols: N environments, T steps between two visits to the replay, C positions of a ring, S segments of an
 update, L steps of the longest, W burn-in steps, H hidden size, K branches of an action (1 if Discrete).
@@ -72,6 +73,7 @@ class Args:
     target_entropy: Fraction | None = None  # tune alpha to this share of the largest; none: it is fixed
     learning_rate: Schedule = (1e-3,)  # schedule: initial [final [power [decay-steps]]]
     gamma: Fraction = 0.99  # discount
+    q_lambda: Fraction = 0.0  # of Q(lambda): 0 targets of one step, 1 the return to the segment's end
     tau: Fraction = 0.01  # share of the online network that goes into the target network; 1: copies
     target_network_frequency: Count = 1  # gradient steps between two updates of the target network
     max_grad_norm: Positive = 1.0  # gradient clipping
@@ -237,6 +239,20 @@ def soft_value(policy, q, alpha):
     return sum((p.logp.exp() * (x - alpha * p.logp)).sum(-1) for p, x in branches)
 
 
+def lambda_targets(rewards, gammas, values, bonuses, real, q_lambda):
+    """Peng's Q(lambda):  y_t = r_t + g_t ((1 - lambda) V_{t+1} + lambda (y_{t+1} + b_{t+1})).   All [L + 1, S]
+
+    g_t: the discount, 0 where the episode terminates; b_t: alpha H_t, which V_t has beside Q. Behind the last
+    real step there is only V. Kozuno et al. 2021 (https://arxiv.org/abs/2103.00107).
+    """
+    targets = rewards + gammas * values.roll(-1, 0)         # of one step
+    if q_lambda > 0:
+        for t in reversed(range(len(targets) - 1)):
+            gain = targets[t + 1] + bonuses[t + 1] - values[t + 1]
+            targets[t] += gammas[t] * q_lambda * gain * real[t + 1]
+    return targets
+
+
 def polynomial(schedule, step, total_steps):
     """v(t) = (v0 - v1) (1 - t/D)^power + v1, then v1.   schedule: (v0[, v1[, power[, D]]]), D in steps"""
     defaults = (schedule[0], schedule[0], 1.0, total_steps)
@@ -359,7 +375,9 @@ def train(args, saved):
                 values = soft_value(policy, target_q, alpha)                # [L + 1, S]
                 # PITFALL: a time limit treated as death. Symptom: values too low near the limit. Here: it
                 #   bootstraps. Test: test_sac_discrete.py::test_losses_equal_their_definition.
-                targets = batch.rewards + args.gamma * ~batch.terminated * values.roll(-1, 0)
+                gammas, bonuses = args.gamma * ~batch.terminated, alpha * policy.entropy()
+                targets = lambda_targets(
+                    batch.rewards, gammas, values, bonuses, batch.real, args.q_lambda)
             real = batch.real
             qf_loss = sum(F.mse_loss(q.of(batch.actions)[real], targets[real]) for q in (q1, q2))  # waits
 

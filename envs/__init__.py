@@ -13,7 +13,7 @@ import gymnasium as gym  # noqa: E402
 import minigrid  # noqa: E402, F401  (registers MiniGrid-*)
 import popgym  # noqa: E402, F401  (registers popgym-*)
 
-from envs import memory_gym  # noqa: E402
+from envs import masked_mujoco, memory_gym  # noqa: E402
 
 memory_gym.register()                                       # before ours, some of which take over a name
 
@@ -35,3 +35,6 @@ for env_id, module, name in [
     ("MysteryPath-Grid-v0", "mystery_path", "MysteryPathGrid"),
 ]:
     gym.register(env_id, f"envs.{module}:{name}", vector_entry_point=f"envs.{module}:{name}Batch")
+
+for robot in masked_mujoco.ROBOTS:                          # Gymnasium's own, which need mujoco
+    gym.register(f"Masked{robot}-v5", "envs.masked_mujoco:make", kwargs={"robot": robot})

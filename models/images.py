@@ -29,7 +29,8 @@ class Image(nn.Module):
 
     [..., H, W] has one channel. Of a stack [..., K, H, W, C] or [..., K, C, H, W] all are channels.
 
-    From 36 pixels on: the three layers of Mnih et al. 2015 (Nature). Below: three 3x3 layers.
+    From 36 pixels on: the three layers of Mnih et al. 2015 (Nature). From 8: three 3x3 layers. Below, pixels
+    are cells of a board, each with its own meaning: they are the features.
     """
 
     def __init__(self, space):
@@ -46,20 +47,22 @@ class Image(nn.Module):
         self.scale = 1.0 / high if scaled else 1.0
         if min(h, w) >= 36:                                 # out channels, kernel, stride, padding
             sizes = [(32, 8, 4, 0), (64, 4, 2, 0), (64, 3, 1, 0)]
-        else:
+        elif min(h, w) >= 8:
             sizes = [(16, 3, 1, 1), (32, 3, 2, 1), (64, 3, 2, 1)]
-        layers = []
+        else:
+            sizes = []
+        layers, in_channels = [], c
         for out, kernel, stride, padding in sizes:
             layers += [init(nn.Conv2d(c, out, kernel, stride, padding), 2**0.5), nn.ReLU()]
             c = out
         self.cnn = nn.Sequential(*layers, nn.Flatten())
         with torch.no_grad():
-            self.out_size = self.cnn(torch.zeros(1, layers[0].in_channels, h, w)).shape[1]
+            self.out_size = self.cnn(torch.zeros(1, in_channels, h, w)).shape[1]
 
     def forward(self, x):
         batch = x.shape[:-self.ndim]
         x = x.reshape(-1, *self.shape)                      # [M, H, W, C], [M, C, H, W] or [M, K, ...]
-        if x.device.type == "cpu":
+        if x.device.type == "cpu" and len(self.cnn) > 1:
             images, where = distinct(x)
             y = self.encode(images)[where]
         else:

@@ -236,7 +236,7 @@ def last_step_is_death(script):
 
 
 @plant("a segment's last step is treated as death", "PITFALL in train",
-       "test_sac_discrete.py::test_losses_equal_their_definition[separate-truncated]", ("sac_discrete_sbb",))
+       "test_sac_discrete.py::test_losses_equal_their_definition[separate-truncated-0.8]", ("sac_discrete_sbb",))
 def last_step_is_death_in_segments(script):
     rewrite(script, "~batch.terminated * values",
             "~(batch.terminated | ~batch.real.roll(-1, 0)) * values")
@@ -528,20 +528,20 @@ def temperature_counts_padding(script):
 
 
 @plant("the policy's loss counts padding", "KNOWN BUG: the mask left out",
-       "test_sac_discrete.py::test_losses_equal_their_definition[separate-truncated]", ("sac_discrete_sbb",))
+       "test_sac_discrete.py::test_losses_equal_their_definition[separate-truncated-0.8]", ("sac_discrete_sbb",))
 def policy_counts_padding(script):
     rewrite(script, "soft_value(policy, q, alpha.detach())[real].mean()",
             "soft_value(policy, q, alpha.detach()).mean()")
 
 
 @plant("the temperature counts padding", "KNOWN BUG: the mask left out",
-       "test_sac_discrete.py::test_losses_equal_their_definition[separate-truncated]", ("sac_discrete_sbb",))
+       "test_sac_discrete.py::test_losses_equal_their_definition[separate-truncated-0.8]", ("sac_discrete_sbb",))
 def entropy_without_mask(script):
     rewrite(script, "entropy = policy.entropy()[real].mean()", "entropy = policy.entropy().mean()")
 
 
 @plant("target critics read the online memory", "DEVIATION: the target is whole",
-       "test_sac_discrete.py::test_losses_equal_their_definition[shared-frozen-truncated]",
+       "test_sac_discrete.py::test_losses_equal_their_definition[shared-frozen-truncated-0.8]",
        ("sac_discrete_sbb",))
 def target_reads_the_online_memory(script):
     rewrite(script, "= target(batch.obs, target_state_0", "= mixed(agent, target)(batch.obs, target_state_0")

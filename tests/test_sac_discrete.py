@@ -61,12 +61,13 @@ def test_soft_value_is_the_expectation():
     torch.testing.assert_close(script.soft_value(policy, [q], 0.3)[0], sampled, atol=0.02, rtol=0)
 
 
+@pytest.mark.parametrize("q_lambda", [0.0, 0.8])
 @pytest.mark.parametrize("task", [MINES, DISCRETE], ids=["two-branches", "truncated"])
 @pytest.mark.parametrize("shared_encoder, freeze_critic", SHARED, ids=NAMES)
-def test_losses_equal_their_definition(tmp_path, monkeypatch, shared_encoder, freeze_critic, task):
+def test_losses_equal_their_definition(tmp_path, monkeypatch, shared_encoder, freeze_critic, task, q_lambda):
     """Episode by episode, step by step, action by action, from the networks as they were."""
     flags = dict(
-        task, memory="lru", seq_len=-1, tau=0.1, alpha=0.2, target_entropy=0.5,
+        task, memory="lru", seq_len=-1, tau=0.1, alpha=0.2, target_entropy=0.5, q_lambda=q_lambda,
         shared_encoder=shared_encoder, freeze_critic=freeze_critic)
     seen, _ = watched(tmp_path, monkeypatch, script, **flags)
     assert len(seen) > 20
@@ -89,17 +90,22 @@ def test_losses_equal_their_definition(tmp_path, monkeypatch, shared_encoder, fr
             obs, actions = [o[rows, [b]] for o in batch.obs], batch.actions[rows, [b]]
             policy, q1, q2, _ = agent(obs, agent.memory.initial_state(1), start)
             _, target_q1, target_q2, _ = target(obs, target.memory.initial_state(1), start)
-            for t in range(steps):
+            sampled = None                                  # what the next step brought, with its entropy
+            for t in reversed(range(steps)):
                 y = batch.rewards[t, b]
                 if not batch.terminated[t, b]:
                     logp, q = of_every_action(policy, target_q1, target_q2, t + 1)
-                    y = y + 0.99 * (logp.exp() * (q - alpha * logp)).sum()
-                errors += [(q.of(actions)[t, 0] - y.detach()) ** 2 for q in (q1, q2)]
+                    expected = (logp.exp() * (q - alpha * logp)).sum()
+                    share = 0 if sampled is None else q_lambda
+                    y = y + 0.99 * ((1 - share) * expected + share * (sampled or 0))
+                y = y.detach()
+                errors += [(q.of(actions)[t, 0] - y) ** 2 for q in (q1, q2)]
                 logp, q = of_every_action(policy, q1, q2, t)
                 if freeze_critic:
                     q = q.detach()
                 policy_losses.append(-(logp.exp() * (q - alpha * logp)).sum())
                 entropies.append(-(logp.exp() * logp).sum().item())
+                sampled = y + alpha * entropies[-1]
         assert len(policy_losses) == batch.real.sum()
         too_high = sum(entropies) / len(entropies) - 0.5 * math.log(len(every_action))
         temperature_loss = agent.log_alpha.exp() * too_high
@@ -108,6 +114,26 @@ def test_losses_equal_their_definition(tmp_path, monkeypatch, shared_encoder, fr
             loss, list(agent.parameters()), allow_unused=True, materialize_grads=True)
         for gradient, g in zip(now.clipped[0], expected, strict=True):
             torch.testing.assert_close(gradient, g, rtol=2e-3, atol=2e-5 * max(1, g.abs().max().item()))
+
+
+def test_lambda_targets_of_one_step_and_of_whole_episodes():
+    """0: r + V of the next step. 1: the discounted return, V behind a step that does not terminate."""
+    torch.manual_seed(0)
+    rewards, values, bonuses = torch.randn(3, 6, 2, dtype=torch.double)
+    real = torch.arange(6)[:, None] < torch.tensor([5, 3])  # two segments: one terminates, one is cut
+    gammas = torch.full((6, 2), 0.9, dtype=torch.double)
+    gammas[4, 0] = 0
+    one_step = script.lambda_targets(rewards, gammas, values, bonuses, real, 0)
+    torch.testing.assert_close(one_step[:5], rewards[:5] + gammas[:5] * values[1:])
+    returns = script.lambda_targets(rewards, gammas, values, bonuses, real, 1)
+    paid = rewards.clone()
+    paid[1:] += bonuses[1:]                                 # the first step's entropy is no part of Q
+    for t in range(5):
+        own = paid[t, 0] - bonuses[t, 0] * (t > 0)
+        later = sum(0.9 ** (k - t) * paid[k, 0] for k in range(t + 1, 5))
+        torch.testing.assert_close(returns[t, 0], own + later)
+    cut = rewards[0, 1] + 0.9 * paid[1, 1] + 0.9**2 * paid[2, 1] + 0.9**3 * values[3, 1]
+    torch.testing.assert_close(returns[0, 1], cut)
 
 
 @pytest.mark.parametrize("memory", ["lstm", "gpt", "none"])
