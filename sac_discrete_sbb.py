@@ -69,6 +69,7 @@ class Args:
     burn_in: number(int, 0, 2**20) | None = None  # from stored states, so many steps earlier
 
     freeze_critic: bool = True  # with a shared encoder: the policy's loss cannot reach the action values
+    freeze_memory: bool = True  # with a shared encoder: the policy reads the memory, the critics train it
     alpha: Positive = 0.01  # temperature, the price of a nat of entropy; at first, if it is tuned
     target_entropy: Fraction | None = None  # tune alpha to this share of the largest; none: it is fixed
     learning_rate: Schedule = (1e-3,)  # schedule: initial [final [power [decay-steps]]]
@@ -100,6 +101,7 @@ class Agent(nn.Module):
     def __init__(self, observation_space, action_space, args):
         super().__init__()
         self.memory = Trunks(observation_space, args)
+        self.freeze_memory = args.shared_encoder and args.freeze_memory
 
         def two_layers(head):
             hidden = init(nn.Linear(args.hidden_size, args.mlp_size), 2**0.5)
@@ -112,6 +114,11 @@ class Agent(nn.Module):
     def forward(self, obs, state, start):
         """The policy and the ActionValues of both critics, all [T, B], and the last state."""
         y_policy, y_critics, state = self.memory(obs, state, start)                     # [T, B, H]
+        # PITFALL: a memory that policy and critics train together. Symptom: it serves the first habits of the
+        #   policy: Visual Match 60 takes 740,000 steps in place of 400,000. Here: see --freeze-memory, as in
+        #   SAC-AE. Test: test_sac_discrete.py::test_who_receives_a_gradient_of_which_loss.
+        if self.freeze_memory:
+            y_policy = y_policy.detach()
         return self.policy(y_policy), self.q1(y_critics), self.q2(y_critics), state
 
     def act(self, obs, state, start):

@@ -491,6 +491,9 @@ with_flag("all steps of a sequence but the last train not", "PITFALL: which step
 with_flag("the policy's loss moves the critics", "PITFALL in train",
           "test_sac_discrete.py::test_who_receives_a_gradient_of_which_loss[shared-frozen-lstm]",
           ("sac_discrete_sbb",), freeze_critic=False)
+with_flag("the policy's loss moves the memory", "PITFALL in Agent.forward",
+          "test_sac_discrete.py::test_who_receives_a_gradient_of_which_loss[shared-frozen-lstm]",
+          ("sac_discrete_sbb",), freeze_memory=False)
 
 
 @plant("padding counts as data", "KNOWN BUG in Replay.sample",

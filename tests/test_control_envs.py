@@ -176,3 +176,45 @@ def test_two_flags_no_flag_at_the_edge_is_reached_by_leaving_the_board():
     batch.flags[:], batch.position[:], batch.velocity[:] = 0.0, 1e-6, -0.5
     _, reward, terminated, _, infos = envs.step(np.zeros((1, 2), np.float32))
     assert reward < 0 and terminated and not infos["final_info"]["success"][0]
+
+
+# ---------------------------------------------------------------------- masked MuJoCo
+
+@pytest.mark.parametrize("sees", ["positions", "velocities"])
+@pytest.mark.parametrize("robot, positions, velocities", [
+    ("HalfCheetah", 8, 9), ("Hopper", 5, 6), ("Walker2d", 8, 9), ("Ant", 13, 14)])
+def test_masked_mujoco_is_gymnasiums_own_with_less_to_see(robot, positions, velocities, sees):
+    mujoco = pytest.importorskip("mujoco", reason="pip install mujoco")
+    whole, masked = gym.make(f"{robot}-v5"), gym.make(f"Masked{robot}-v5", sees=sees)
+    data = masked.unwrapped.data
+    assert isinstance(data, mujoco.MjData) and masked.action_space == whole.action_space
+
+    def check(obs, seen):
+        kept = obs[:positions] if sees == "positions" else obs[positions:][:velocities]
+        np.testing.assert_array_equal(seen, kept)
+        if sees == "positions":
+            np.testing.assert_array_equal(seen, data.qpos[-positions:])
+        else:                                               # Hopper and Walker2d clip them to 10
+            np.testing.assert_array_equal(seen.clip(-10, 10), data.qvel.clip(-10, 10))
+        assert masked.observation_space.contains(seen)
+
+    whole.action_space.seed(0)
+    check(whole.reset(seed=1)[0], masked.reset(seed=1)[0])
+    ended = False
+    for _ in range(1000):
+        action = whole.action_space.sample()
+        obs, *rest, _ = whole.step(action)
+        seen, *as_rest, _ = masked.step(action)
+        assert rest == as_rest
+        ended = ended or any(rest[1:])
+        if ended:
+            break
+        check(obs, seen)
+    assert ended                                            # by a fall or by the time limit, at the same step
+
+
+@pytest.mark.quick
+def test_masked_mujoco_names_what_it_can_show():
+    pytest.importorskip("mujoco", reason="pip install mujoco")
+    with pytest.raises(ValueError, match='sees must be "positions" or "velocities", not "P"'):
+        gym.make("MaskedHopper-v5", sees="P")

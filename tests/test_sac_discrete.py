@@ -16,8 +16,11 @@ from tests.probes import NUMBERS, acted, check_what_enters_the_replay, watched
 
 MINES = dict(env_id="popgym-MineSweeperEasy-v0", env_kwargs={}, prev_action=True)   # two branches
 DISCRETE = dict(NUMBERS, env_kwargs={"discrete": True})  # some episodes terminate, others are truncated
-SHARED = [(False, True), (True, True), (True, False)]       # (shared_encoder, freeze_critic)
-NAMES = ["separate", "shared-frozen", "shared"]
+SHARED = {                                                  # flags of who trains what
+    "separate": dict(shared_encoder=False),
+    "shared-frozen": dict(shared_encoder=True),
+    "shared-trained": dict(shared_encoder=True, freeze_memory=False),
+    "shared": dict(shared_encoder=True, freeze_memory=False, freeze_critic=False)}
 
 
 def as_published(**changes):
@@ -63,12 +66,12 @@ def test_soft_value_is_the_expectation():
 
 @pytest.mark.parametrize("q_lambda", [0.0, 0.8])
 @pytest.mark.parametrize("task", [MINES, DISCRETE], ids=["two-branches", "truncated"])
-@pytest.mark.parametrize("shared_encoder, freeze_critic", SHARED, ids=NAMES)
-def test_losses_equal_their_definition(tmp_path, monkeypatch, shared_encoder, freeze_critic, task, q_lambda):
+@pytest.mark.parametrize("who", SHARED)
+def test_losses_equal_their_definition(tmp_path, monkeypatch, who, task, q_lambda):
     """Episode by episode, step by step, action by action, from the networks as they were."""
     flags = dict(
         task, memory="lru", seq_len=-1, tau=0.1, alpha=0.2, target_entropy=0.5, q_lambda=q_lambda,
-        shared_encoder=shared_encoder, freeze_critic=freeze_critic)
+        **SHARED[who])
     seen, _ = watched(tmp_path, monkeypatch, script, **flags)
     assert len(seen) > 20
     for now in seen[::10]:
@@ -101,7 +104,7 @@ def test_losses_equal_their_definition(tmp_path, monkeypatch, shared_encoder, fr
                 y = y.detach()
                 errors += [(q.of(actions)[t, 0] - y) ** 2 for q in (q1, q2)]
                 logp, q = of_every_action(policy, q1, q2, t)
-                if freeze_critic:
+                if who != "shared":
                     q = q.detach()
                 policy_losses.append(-(logp.exp() * (q - alpha * logp)).sum())
                 entropies.append(-(logp.exp() * logp).sum().item())
@@ -137,12 +140,12 @@ def test_lambda_targets_of_one_step_and_of_whole_episodes():
 
 
 @pytest.mark.parametrize("memory", ["lstm", "gpt", "none"])
-@pytest.mark.parametrize("shared_encoder, freeze_critic", SHARED, ids=NAMES)
-def test_who_receives_a_gradient_of_which_loss(tmp_path, monkeypatch, memory, shared_encoder, freeze_critic):
+@pytest.mark.parametrize("who", SHARED)
+def test_who_receives_a_gradient_of_which_loss(tmp_path, monkeypatch, memory, who):
     """Each loss alone, the other one made constant. A separate critic is out of the policy's reach; freezing
-    takes the heads of a shared one out of it."""
+    takes the heads of a shared one out of it, and the memory."""
     def reached(name, replacement, of):
-        flags = dict(memory=memory, shared_encoder=shared_encoder, freeze_critic=freeze_critic, run_name=name)
+        flags = dict(SHARED[who], memory=memory, run_name=name)
         with monkeypatch.context() as patch:
             patch.setattr(of, name, replacement)
             seen, _ = watched(tmp_path, monkeypatch, script, **flags)
@@ -156,8 +159,12 @@ def test_who_receives_a_gradient_of_which_loss(tmp_path, monkeypatch, memory, sh
     soft_value, mse_loss = script.soft_value, torch.nn.functional.mse_loss
     critics = reached("soft_value", lambda *args: soft_value(*args).detach(), script)
     policy = reached("mse_loss", lambda *args: mse_loss(*args).detach(), torch.nn.functional)
-    assert critics == {"memory.0" if shared_encoder else "memory.1", "q1", "q2"}
-    assert policy == {"memory.0", "policy"} | (set() if freeze_critic else {"q1", "q2"})
+    assert critics == {"memory.1" if who == "separate" else "memory.0", "q1", "q2"}
+    assert policy == {
+        "separate": {"memory.0", "policy"},
+        "shared-frozen": {"policy"},
+        "shared-trained": {"memory.0", "policy"},
+        "shared": {"memory.0", "policy", "q1", "q2"}}[who]
 
 
 def test_burn_in_has_no_gradient_and_both_networks_burn_in_alone(tmp_path, monkeypatch):
