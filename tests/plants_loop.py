@@ -543,6 +543,18 @@ def entropy_without_mask(script):
     rewrite(script, "entropy = policy.entropy()[real].mean()", "entropy = policy.entropy().mean()")
 
 
+@plant("lambda-returns go on behind a segment's last step", "lambda_targets: the mask left out",
+       "test_sac_discrete.py::test_losses_equal_their_definition[separate-truncated-0.8]", ("sac_discrete_sbb",))
+def returns_go_on_behind_the_end(script):
+    rewrite(script, "q_lambda * gain * real[t + 1]", "q_lambda * gain")
+
+
+@plant("lambda-returns leave out the entropy", "lambda_targets: the bonus left out",
+       "test_sac_discrete.py::test_losses_equal_their_definition[separate-two-branches-0.8]", ("sac_discrete_sbb",))
+def returns_without_entropy(script):
+    rewrite(script, "targets[t + 1] + bonuses[t + 1]", "targets[t + 1]")
+
+
 @plant("target critics read the online memory", "DEVIATION: the target is whole",
        "test_sac_discrete.py::test_losses_equal_their_definition[shared-frozen-truncated-0.8]",
        ("sac_discrete_sbb",))
