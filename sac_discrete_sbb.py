@@ -114,9 +114,10 @@ class Agent(nn.Module):
     def forward(self, obs, state, start):
         """The policy and the ActionValues of both critics, all [T, B], and the last state."""
         y_policy, y_critics, state = self.memory(obs, state, start)                     # [T, B, H]
-        # PITFALL: a memory that policy and critics train together. Symptom: it serves the first habits of the
-        #   policy: Visual Match 60 takes 740,000 steps in place of 400,000. Here: see --freeze-memory, as in
-        #   SAC-AE. Test: test_sac_discrete.py::test_who_receives_a_gradient_of_which_loss.
+        # PITFALL: a memory that policy and critics train together. Symptom: it serves the policy's first
+        #   habits: Visual Match's apples take 300,000 steps to learn, not 140,000. Here: see --freeze-memory,
+        #   as in SAC-AE (https://arxiv.org/abs/1910.01741).
+        #   Test: test_sac_discrete.py::test_who_receives_a_gradient_of_which_loss.
         if self.freeze_memory:
             y_policy = y_policy.detach()
         return self.policy(y_policy), self.q1(y_critics), self.q2(y_critics), state
