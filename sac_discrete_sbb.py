@@ -248,7 +248,7 @@ def soft_value(policy, q, alpha):
 
 
 def lambda_targets(rewards, gammas, values, bonuses, real, q_lambda):
-    """Peng's Q(lambda):  y_t = r_t + g_t ((1 - lambda) V_{t+1} + lambda (y_{t+1} + b_{t+1})).   All [L + 1, S]
+    """Peng's Q(lambda): y_t = r_t + g_t ((1 - lambda) V_{t+1} + lambda (y_{t+1} + b_{t+1})).   [L + 1, S]
 
     g_t: the discount, 0 where the episode terminates; b_t: alpha H_t, which V_t has beside Q. Behind the last
     real step there is only V. Kozuno et al. 2021 (https://arxiv.org/abs/2103.00107).

@@ -1,4 +1,4 @@
-"""MaskedHalfCheetah-v5, MaskedHopper-v5, MaskedWalker2d-v5, MaskedAnt-v5: MuJoCo's robots, half of them unseen.
+"""MaskedHalfCheetah-v5, MaskedHopper-v5, MaskedWalker2d-v5, MaskedAnt-v5: MuJoCo's robots, seen by half.
 
 Gymnasium's own environments with their rewards and ends. The observation is cut down to
 
@@ -21,8 +21,8 @@ class Masked(gym.ObservationWrapper):
         sizes = env.unwrapped.observation_structure         # of its parts; the first two lie in this order
         positions = sizes["qpos"]
         self.seen = slice(positions) if sees == "positions" else slice(positions, positions + sizes["qvel"])
-        whole = env.observation_space
-        self.observation_space = gym.spaces.Box(whole.low[self.seen], whole.high[self.seen], dtype=whole.dtype)
+        low, high = env.observation_space.low[self.seen], env.observation_space.high[self.seen]
+        self.observation_space = gym.spaces.Box(low, high, dtype=env.observation_space.dtype)
 
     def observation(self, obs):
         return obs[self.seen]

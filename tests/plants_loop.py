@@ -12,6 +12,7 @@ from tests.conftest import DISCRETE_OFF_POLICY, OFF_POLICY, PPO
 PLANTS = {}
 MULTIGPU = "ppo_recurrent_tbb_multigpu"
 AS_TBB = "test_distributed.py::test_one_process_is_ppo_recurrent_tbb[False]"
+SAC_DISCRETE_LOSSES = "test_sac_discrete.py::test_losses_equal_their_definition[{}-0.8]"
 REPLAY_TEST = "test_what_enters_the_replay_is_what_happened"
 TD3_LOSSES = "test_td3s_losses_equal_their_definition[0-1-CountInput-v0-1.0-2.0]"
 TEST_FILES = {
@@ -236,10 +237,10 @@ def last_step_is_death(script):
 
 
 @plant("a segment's last step is treated as death", "PITFALL in train",
-       "test_sac_discrete.py::test_losses_equal_their_definition[separate-truncated-0.8]", ("sac_discrete_sbb",))
+       SAC_DISCRETE_LOSSES.format("separate-truncated"), ("sac_discrete_sbb",))
 def last_step_is_death_in_segments(script):
-    rewrite(script, "~batch.terminated * values",
-            "~(batch.terminated | ~batch.real.roll(-1, 0)) * values")
+    rewrite(script, "args.gamma * ~batch.terminated,",
+            "args.gamma * ~(batch.terminated | ~batch.real.roll(-1, 0)),")
 
 
 @plant("None as hidden state: every call starts from zeros", "KNOWN BUG in models/rnn.py",
@@ -531,33 +532,32 @@ def temperature_counts_padding(script):
 
 
 @plant("the policy's loss counts padding", "KNOWN BUG: the mask left out",
-       "test_sac_discrete.py::test_losses_equal_their_definition[separate-truncated-0.8]", ("sac_discrete_sbb",))
+       SAC_DISCRETE_LOSSES.format("separate-truncated"), ("sac_discrete_sbb",))
 def policy_counts_padding(script):
     rewrite(script, "soft_value(policy, q, alpha.detach())[real].mean()",
             "soft_value(policy, q, alpha.detach()).mean()")
 
 
 @plant("the temperature counts padding", "KNOWN BUG: the mask left out",
-       "test_sac_discrete.py::test_losses_equal_their_definition[separate-truncated-0.8]", ("sac_discrete_sbb",))
+       SAC_DISCRETE_LOSSES.format("separate-truncated"), ("sac_discrete_sbb",))
 def entropy_without_mask(script):
     rewrite(script, "entropy = policy.entropy()[real].mean()", "entropy = policy.entropy().mean()")
 
 
 @plant("lambda-returns go on behind a segment's last step", "lambda_targets: the mask left out",
-       "test_sac_discrete.py::test_losses_equal_their_definition[separate-truncated-0.8]", ("sac_discrete_sbb",))
+       SAC_DISCRETE_LOSSES.format("separate-truncated"), ("sac_discrete_sbb",))
 def returns_go_on_behind_the_end(script):
     rewrite(script, "q_lambda * gain * real[t + 1]", "q_lambda * gain")
 
 
 @plant("lambda-returns leave out the entropy", "lambda_targets: the bonus left out",
-       "test_sac_discrete.py::test_losses_equal_their_definition[separate-two-branches-0.8]", ("sac_discrete_sbb",))
+       SAC_DISCRETE_LOSSES.format("separate-two-branches"), ("sac_discrete_sbb",))
 def returns_without_entropy(script):
     rewrite(script, "targets[t + 1] + bonuses[t + 1]", "targets[t + 1]")
 
 
 @plant("target critics read the online memory", "DEVIATION: the target is whole",
-       "test_sac_discrete.py::test_losses_equal_their_definition[shared-frozen-truncated-0.8]",
-       ("sac_discrete_sbb",))
+       SAC_DISCRETE_LOSSES.format("shared-frozen-truncated"), ("sac_discrete_sbb",))
 def target_reads_the_online_memory(script):
     rewrite(script, "= target(batch.obs, target_state_0", "= mixed(agent, target)(batch.obs, target_state_0")
 
