@@ -2,13 +2,13 @@
 
     python sac_discrete_sbb.py                                      trains TMazePassive-v0, on whole episodes
     python sac_discrete_sbb.py --seq-len 20 --burn-in 10            on segments, from stored states
+    python sac_discrete_sbb.py --q-lambda 0.8                       targets of Q(lambda), for what pays late
     python sac_discrete_sbb.py --model runs/.../model.safetensors   watches the trained agent
     tensorboard --logdir runs                                       draws the curves
 
 SAC: Haarnoja et al. 2018 (https://arxiv.org/abs/1812.05905). With discrete actions, whose expectations are
 sums: Christodoulou 2019 (https://arxiv.org/abs/1910.07207). With memory: Ni et al. 2023
-(https://arxiv.org/abs/2307.03864). The data are those of dqn_recurrent_sbb.py: diff the two. What pays long
-after it was done is learned with --q-lambda: python sac_discrete_sbb.py --env-id KeyToDoor-v0 --q-lambda 0.8
+(https://arxiv.org/abs/2307.03864). The data are those of dqn_recurrent_sbb.py: diff the two.
 
 Symbols: N environments, T steps between two visits to the replay, C positions of a ring, S segments of an
 update, L steps of the longest, W burn-in steps, H hidden size, K branches of an action (1 if Discrete).
@@ -280,6 +280,8 @@ def check(args):
         fail(f"--seq-len {args.seq_len} must be at least 1, or -1 for whole episodes")
     if not (args.freeze_critic or args.shared_encoder):
         fail("--no-freeze-critic needs --shared-encoder: the policy's loss never reaches separate critics")
+    if not (args.freeze_memory or args.shared_encoder):
+        fail("--no-freeze-memory needs --shared-encoder: a separate policy always trains its own memory")
     if args.target_entropy is not None and args.alpha < 1e-9:
         fail(f"--alpha {args.alpha} cannot be tuned: give a larger one or no --target-entropy")
 
@@ -392,7 +394,7 @@ def train(args, saved):
             # --- policy
             # PITFALL: the policy wants E[Q] high, and through a shared encoder its loss can raise Q instead
             #   of choosing better. Symptom: Q of 2.3 where no return exceeds 1. Here: --freeze-critic makes Q
-            #   a number; the policy's own gradient still moves the memory that the critics read.
+            #   a number; whether the policy's own gradient moves the memory is --freeze-memory's matter.
             #   Test: test_sac_discrete.py::test_critics_that_the_policy_reaches_promise_more_than_there_is.
             q = map(torch.minimum, q1.branches, q2.branches)
             if args.freeze_critic:

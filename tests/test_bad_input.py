@@ -74,6 +74,8 @@ BAD_SAC_DISCRETE = {
     "--target-entropy 2": "--target-entropy",
     "--target-entropy 0.5 --alpha 0": "--alpha",
     "--no-freeze-critic": "--shared-encoder",
+    "--no-freeze-memory": "--shared-encoder",
+    "--q-lambda 2": "--q-lambda",
 }
 BAD_CONTINUOUS = {
     "--burn-in -1": "--burn-in",
