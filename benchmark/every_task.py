@@ -10,7 +10,7 @@ every model that was saved is loaded and played. The replays draw ended episodes
 playing, episodes are cut after 64 steps. --ids renews these rows of the table and leaves the others.
 
 Rows of benchmark/results/every-task.csv: the spaces, as the task itself has them; the steps per second of the
-plain environment, one of it made by gym.make without its checker (of ours 256 in a batch), random actions
+plain environment, one of it made by gym.make without its checker (of our batches 256), random actions
 and resets included, in seconds of processor time (not of the clock), so that what else runs on the machine
 counts little; the scripts that ran; the result: "runs", "package absent", or the sentence of its refusal.
 """
@@ -39,7 +39,7 @@ import dqn_recurrent_tbb  # noqa: E402
 import ppo_recurrent_tbb  # noqa: E402
 import sac_gru  # noqa: E402
 from envs.memory_gym import TASKS as MEMORY_GYM  # noqa: E402
-from envs.vector import import_module_of  # noqa: E402
+from envs.vector import has_batch, import_module_of  # noqa: E402
 from models.command_line import command_line  # noqa: E402
 from models.files import write  # noqa: E402
 from models.flags import EMPTY, fail  # noqa: E402
@@ -67,7 +67,7 @@ SHORT = {"CountInput-v0": {"episode_length": 64}, "MinigridMemory-v0": {"max_ste
 TASKS = {
     "ours, 256 of each": ("envs", [
         f"{name} {json.dumps(SHORT[name])}" if name in SHORT else name for name in OURS]),
-    "POPGym": ("popgym", [f"popgym-{name}{level}-v0" for name in POPGYM for level in LEVELS]),
+    "POPGym, 256 of each": ("popgym", [f"popgym-{name}{level}-v0" for name in POPGYM for level in LEVELS]),
     "POPGym, Labyrinth": ("mazelib", [f"popgym-{name}{level}-v0" for name in LABYRINTH for level in LEVELS]),
     "Memory Gym": ("memory_gym", list(MEMORY_GYM)),
     "MiniGrid": ("minigrid", [f"MiniGrid-{name}-v0" for name in MINIGRID]),
@@ -198,7 +198,7 @@ def attempt(task, steps):
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
         try:
             env = gym.make(import_module_of(env_id), disable_env_checker=True, **kwargs)
-            speed = batch_speed(env_id, kwargs) if env_id in OURS else plain_speed(env)
+            speed = batch_speed(env_id, kwargs) if has_batch(env_id) else plain_speed(env)
             row = {
                 "observation": short(env.observation_space), "actions": short(env.action_space),
                 "steps_per_second": f"{speed:.0f}", "scripts": "", "result": "runs"}

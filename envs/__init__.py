@@ -2,8 +2,10 @@
 
 Our own tasks are written once, as a batch (envs/batch.py): make_vec gives the batch, make a batch of
 one. The tasks of POPGym, MiniGrid and Memory Gym keep their own names; where we have one of Memory Gym's
-ourselves, its own is memory_gym/<name>. No algorithm code lives here.
+ourselves, its own is memory_gym/<name>. Of POPGym's, make_vec gives our batch and make POPGym's own task;
+our batch of one is batch/<name>. No algorithm code lives here.
 """
+import functools
 import os
 
 os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
@@ -13,7 +15,8 @@ import gymnasium as gym  # noqa: E402
 import minigrid  # noqa: E402, F401  (registers MiniGrid-*)
 import popgym  # noqa: E402, F401  (registers popgym-*)
 
-from envs import masked_mujoco, memory_gym  # noqa: E402
+from envs import masked_mujoco, memory_gym, popgym_cards, popgym_control, popgym_games  # noqa: E402
+from envs.batch import single  # noqa: E402
 
 memory_gym.register()                                       # before ours, some of which take over a name
 
@@ -35,6 +38,11 @@ for env_id, module, name in [
     ("MysteryPath-Grid-v0", "mystery_path", "MysteryPathGrid"),
 ]:
     gym.register(env_id, f"envs.{module}:{name}", vector_entry_point=f"envs.{module}:{name}Batch")
+
+POPGYM = popgym_cards.LEVELS | popgym_control.LEVELS | popgym_games.LEVELS
+for env_id, (batch, kwargs) in POPGYM.items():
+    gym.spec(env_id).vector_entry_point = functools.partial(batch, **kwargs)
+    gym.register(f"batch/{env_id}", single(batch), kwargs=kwargs, vector_entry_point=batch)
 
 for robot in masked_mujoco.ROBOTS:                          # Gymnasium's own, which need mujoco
     gym.register(f"Masked{robot}-v5", "envs.masked_mujoco:make", kwargs={"robot": robot})

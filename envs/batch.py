@@ -55,17 +55,22 @@ class BatchEnv(gym.vector.VectorEnv):
     """
 
     reset_options = {}
+    metadata = {"render_modes": ["ansi", "rgb_array"], "render_fps": 4}
 
     def __init__(self, observation_space, action_space, num_envs=1, render_mode=None,
-                 autoreset_mode="SameStep"):
+                 autoreset_mode="SameStep", max_episode_steps=None):
         mode = AutoresetMode(autoreset_mode)
         if mode == AutoresetMode.NEXT_STEP:
             # PITFALL: NEXT_STEP, Gymnasium's default, puts a phantom transition (action ignored,
             #   reward 0) between two episodes. Symptom: one step more per episode than the task has,
             #   and an agent that learns from it. Test: test_envs.py::test_no_phantom_transition.
             raise ValueError("autoreset_mode must be SameStep or Disabled")
-        self.metadata = SingleEnv.metadata | {"autoreset_mode": mode}
+        self.metadata = self.metadata | {"autoreset_mode": mode}
+        if max_episode_steps is not None:
+            check_whole(max_episode_steps=max_episode_steps)
         self.num_envs, self.render_mode = num_envs, render_mode
+        self.max_episode_steps = max_episode_steps          # a limit beside the task's own; None: none
+        self.elapsed = np.zeros(num_envs, int)              # [N] steps of the running episode
         self.single_observation_space, self.single_action_space = observation_space, action_space
         self.observation_space = batch_space(observation_space, num_envs)
         self.action_space = batch_space(action_space, num_envs)
@@ -80,6 +85,7 @@ class BatchEnv(gym.vector.VectorEnv):
                 "no reset options"
             raise ValueError(f"this task has {known}, but got {unknown}; its arguments go to gym.make")
         self.options = {**self.reset_options, **options}
+        self.elapsed[rows] = 0
         self.begin(np.flatnonzero(rows))
         return self.observe(), {}
 
@@ -88,6 +94,9 @@ class BatchEnv(gym.vector.VectorEnv):
         for name, ends in (("terminated", terminated), ("truncated", truncated)):
             if getattr(ends, "dtype", None) != np.bool_ or ends.shape != (self.num_envs,):
                 raise ValueError(f"move() must return {name} as a bool array [N], not {ends!r}")
+        self.elapsed += 1
+        if self.max_episode_steps is not None:
+            truncated = truncated | (self.elapsed >= self.max_episode_steps)
         obs, infos, done = self.observe(), {}, terminated | truncated
         if done.any():
             facts = self.facts() if success is None else {"success": success, **self.facts()}
@@ -98,6 +107,7 @@ class BatchEnv(gym.vector.VectorEnv):
                     final_obs[i] = row(obs, i)
                 infos = {"final_obs": final_obs, "_final_obs": done,
                          "final_info": infos, "_final_info": done}
+                self.elapsed[done] = 0
                 self.begin(np.flatnonzero(done))
                 obs = self.observe()
         return obs, reward, terminated, truncated, infos
@@ -129,8 +139,8 @@ class SingleEnv(gym.Env):
     A task names its batch:   class Task(SingleEnv): batch_class = TaskBatch
     """
 
-    metadata = {"render_modes": ["ansi", "rgb_array"], "render_fps": 4}
-    batch_class = None
+    def __init_subclass__(cls):
+        cls.metadata = cls.batch_class.metadata
 
     def __init__(self, render_mode=None, **kwargs):
         self.batch = self.batch_class(1, render_mode=render_mode, autoreset_mode="Disabled", **kwargs)
@@ -151,3 +161,8 @@ class SingleEnv(gym.Env):
 
     def render(self):
         return self.batch.render()[0]
+
+
+def single(batch_class):
+    """The SingleEnv of a batch, where it needs no name of its own."""
+    return type("Single" + batch_class.__name__, (SingleEnv,), {"batch_class": batch_class})

@@ -11,6 +11,8 @@ from envs.batch import BatchEnv, SingleEnv, check_whole
 
 
 class CartPoleMaskedBatch(BatchEnv):
+    metadata = {**BatchEnv.metadata, "render_fps": 50}
+
     def __init__(self, num_envs=1, max_steps=200, **kwargs):
         self.cartpole = CartPoleEnv(render_mode="rgb_array")                # for constants and drawing
         observation_space = self.cartpole.observation_space
@@ -54,5 +56,4 @@ class CartPoleMaskedBatch(BatchEnv):
 
 
 class CartPoleMasked(SingleEnv):
-    metadata = {**SingleEnv.metadata, "render_fps": 50}
     batch_class = CartPoleMaskedBatch

@@ -14,6 +14,7 @@ from envs.batch import BatchEnv, SingleEnv, check_whole
 
 
 class PendulumMaskedBatch(BatchEnv):
+    metadata = {**BatchEnv.metadata, "render_fps": 30}
     high = (1.0, 1.0)                                       # of the observation
 
     def __init__(self, num_envs=1, max_steps=200, **kwargs):
@@ -74,7 +75,6 @@ class PendulumSignFlipBatch(PendulumMaskedBatch):
 
 
 class PendulumMasked(SingleEnv):
-    metadata = {**SingleEnv.metadata, "render_fps": 30}
     batch_class = PendulumMaskedBatch
 
 

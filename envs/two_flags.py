@@ -22,6 +22,8 @@ BOARD, ACCELERATION, SPEED, RADIUS, SECONDS = 10.0, 50.0, 5.0, 1.0, 4.0
 
 
 class TwoFlagsBatch(BatchEnv):
+    metadata = {**BatchEnv.metadata, "render_fps": 50}
+
     def __init__(self, num_envs=1, max_steps=200, reward_scale=1000.0, **kwargs):
         low = np.array([0, 0, -SPEED, -SPEED, -1, -1, -1, -1, -1, -1, -1], np.float32)
         high = np.array([BOARD, BOARD, SPEED, SPEED, 1, 1, 1] + 4 * [BOARD], np.float32)
@@ -85,5 +87,4 @@ class TwoFlagsBatch(BatchEnv):
 
 
 class TwoFlags(SingleEnv):
-    metadata = {**SingleEnv.metadata, "render_fps": 50}
     batch_class = TwoFlagsBatch

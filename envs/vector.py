@@ -48,8 +48,9 @@ def make_vector(args, num_envs, training, render_mode):
     autoreset = AutoresetMode.SAME_STEP if training else AutoresetMode.DISABLED
     kwargs, options = args.env_kwargs, reset_options(args, training)
     env_id = import_module_of(args.env_id)
-    batch = gym.spec(env_id).vector_entry_point             # a class, or "module:class"
-    ours = str(batch).startswith("envs.") or (isinstance(batch, type) and issubclass(batch, BatchEnv))
+    if render_mode and f"batch/{env_id}" in gym.registry:   # ours draws itself, POPGym's does not
+        env_id = f"batch/{env_id}"
+    ours = has_batch(env_id)
     if ours and not render_mode:
         envs = gym.make_vec(env_id, num_envs, autoreset_mode=autoreset, **kwargs)
         return wrappers.BatchResetOptions(envs, options) if options else envs
@@ -61,6 +62,13 @@ def make_vector(args, num_envs, training, render_mode):
     envs = gym.make_vec(
         env_id, num_envs, "sync", {"autoreset_mode": autoreset}, around, disable_env_checker=True, **kwargs)
     return envs
+
+
+def has_batch(env_id):
+    """Whether the task is written as a batch of ours."""
+    batch = gym.spec(env_id).vector_entry_point             # a class, a partial of one, or "module:class"
+    batch = getattr(batch, "func", batch)
+    return str(batch).startswith("envs.") or (isinstance(batch, type) and issubclass(batch, BatchEnv))
 
 
 def reset_options(args, training):

@@ -5,6 +5,7 @@ import sys
 
 import gymnasium as gym
 import numpy as np
+import popgym
 import pytest
 from gymnasium.envs.classic_control import CartPoleEnv
 from gymnasium.utils.env_checker import check_env
@@ -13,6 +14,7 @@ from minigrid.envs import MemoryEnv
 from minigrid.wrappers import RGBImgPartialObsWrapper
 
 import ppo_recurrent_sbb
+from envs import POPGYM
 from envs.batch import BatchEnv, SingleEnv
 from envs.memory_gym import TASKS as MEMORY_GYM
 from envs.vector import make_envs
@@ -39,6 +41,7 @@ OURS = [
     ("PendulumMasked-v1", {}),
     ("PendulumSignFlip-v1", {"max_steps": 60}),
     ("TwoFlags-v0", {"max_steps": 50}),
+    *((f"batch/{env_id}", {}) for env_id in POPGYM if "Easy" in env_id),
 ]
 MEMORY_GYM_GRIDS = [
     ("MortarMayhem-Grid-v0", {}),
@@ -47,14 +50,17 @@ MEMORY_GYM_GRIDS = [
     ("MysteryPath-Grid-v0", {}),
     ("MysteryPath-Grid-v0", {"views": False}),
 ]
-ours = pytest.mark.parametrize(
-    "env_id, kwargs", [*OURS, *(pytest.param(*task, marks=needs_memory_gym) for task in MEMORY_GYM_GRIDS)])
+TASKS = [*OURS, *(pytest.param(*task, marks=needs_memory_gym) for task in MEMORY_GYM_GRIDS)]
+DRAWS = "Noisy", "Bandit"  # these draw random numbers in every step
+ours = pytest.mark.parametrize("env_id, kwargs", TASKS)
 
 
 def draw(rng, space, n):
     """Random actions [n, ...] of a single action space."""
     if isinstance(space, gym.spaces.Discrete):
         return rng.integers(space.n, size=n)
+    if isinstance(space, gym.spaces.MultiDiscrete):
+        return rng.integers(space.nvec, size=(n, len(space.nvec)))
     return rng.uniform(space.low, space.high, (n, *space.shape)).astype(space.dtype)
 
 
@@ -81,7 +87,8 @@ def test_same_seed_same_episodes_another_seed_others(env_id, kwargs):
 
 
 @pytest.mark.quick
-@ours
+@pytest.mark.parametrize(
+    "env_id, kwargs", [task for task in TASKS if not any(name in str(task) for name in DRAWS)])
 def test_the_batch_equals_single_environments_step_by_step(env_id, kwargs):
     envs = gym.make_vec(env_id, 4, **kwargs)
     obs, _ = envs.reset(seed=5)
@@ -176,6 +183,19 @@ def test_no_phantom_transition(env_id):
 
 
 @pytest.mark.quick
+@pytest.mark.quick
+@pytest.mark.parametrize("env_id", ["TMazePassive-v0", "popgym-RepeatPreviousEasy-v0"])
+def test_a_limit_of_the_flags_ends_episodes_of_our_batches(env_id):
+    args = ppo_recurrent_sbb.Args(env_id=env_id, env_kwargs={"max_episode_steps": 3})
+    envs = make_envs(args, num_envs=2)
+    envs.reset(seed=0)
+    ends = [envs.step(np.zeros(2, int))[2:4] for _ in range(9)]
+    assert [truncated.tolist() for _, truncated in ends] == 3 * [[False] * 2, [False] * 2, [True] * 2]
+    assert not any(terminated.any() for terminated, _ in ends)
+    with pytest.raises(SystemExit):
+        make_envs(ppo_recurrent_sbb.Args(env_id=env_id, env_kwargs={"max_episode_steps": 0}), num_envs=2)
+
+
 def test_no_phantom_transition_in_other_peoples_tasks():
     """What make_envs trains on: an episode's last step is followed by the next one's first."""
     args = ppo_recurrent_sbb.Args(env_id="CartPole-v1", env_kwargs={"max_episode_steps": 3})
@@ -314,18 +334,41 @@ def test_minigrid_memory_draws_what_the_engine_draws():
     *sorted({env_id for env_id, _ in OURS} - {"VisualMatchPassive-v0"}),
     *(pytest.param(env_id, marks=needs_memory_gym) for env_id, kwargs in MEMORY_GYM_GRIDS if not kwargs)])
 def test_rendering(env_id):
-    for mode, kind in (("ansi", str), ("rgb_array", np.ndarray)):
+    modes = gym.make(env_id).metadata["render_modes"]
+    for mode in modes:
         env, rng = gym.make(env_id, render_mode=mode), np.random.default_rng(0)
-        env.reset(seed=0)
+        env.reset(seed=1)
         frames = [env.render()]
         for t in range(30):
             _, _, terminated, truncated, _ = env.step(draw(rng, env.action_space, 1)[0])
             if terminated or truncated:
                 break
             frames.append(env.render())
-        assert all(isinstance(frame, kind) for frame in frames)
         assert any(np.any(frame != frames[0]) for frame in frames)
-    assert frames[0].dtype == np.uint8 and frames[0].ndim == 3 and frames[0].shape[2] == 3
+        if mode == "ansi":
+            assert all(isinstance(frame, str) for frame in frames)
+        else:
+            assert frames[0].dtype == np.uint8 and frames[0].ndim == 3 and frames[0].shape[2] == 3
+    assert modes[0] == "ansi"
+    assert "rgb_array" in modes or env_id.startswith("batch/")
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("env_id", POPGYM)
+def test_popgyms_ids_give_popgyms_task_alone_and_ours_as_a_batch(env_id):
+    theirs, batch = gym.make(env_id), gym.make_vec(env_id, 3)
+    assert type(theirs.unwrapped).__module__.startswith("popgym.")
+    assert isinstance(batch, BatchEnv)
+    assert isinstance(gym.make(f"batch/{env_id}").unwrapped, SingleEnv)
+    for mine, popgyms in ((batch.single_observation_space, theirs.observation_space),
+                          (batch.single_action_space, theirs.action_space)):
+        assert mine == popgyms and mine.dtype == popgyms.dtype
+    assert batch.observation_space.contains(batch.reset(seed=0)[0])
+
+
+def test_every_id_of_popgym_has_a_batch():
+    theirs = {spec["id"] for spec in popgym.envs.ALL.values()}
+    assert set(POPGYM) == {env_id for env_id in theirs if "Labyrinth" not in env_id}
 
 
 @ours

@@ -86,7 +86,7 @@ def test_every_committed_row_is_of_a_task_and_every_task_has_one():
     assert list(rows) == [task for _, tasks in every_task.TASKS.values() for task in tasks]
     assert {package: len(tasks) for package, (_, tasks) in every_task.TASKS.items()} == {
         "ours, 256 of each": 15,
-        "POPGym": 42, "POPGym, Labyrinth": 6, "Memory Gym": 10, "MiniGrid": 12, "BabyAI": 8,
+        "POPGym, 256 of each": 42, "POPGym, Labyrinth": 6, "Memory Gym": 10, "MiniGrid": 12, "BabyAI": 8,
         "classic control": 5, "toy text": 5, "Box2D": 4, "MuJoCo": 11, "Atari": 3}
     for row in rows.values():
         assert len(row["scripts"].split()) == 2 or row["result"] != "runs", row
