@@ -544,6 +544,12 @@ def entropy_without_mask(script):
     rewrite(script, "entropy = policy.entropy()[real].mean()", "entropy = policy.entropy().mean()")
 
 
+@plant("rewards are not scaled", "PITFALL in sac_discrete_sbb.py",
+       SAC_DISCRETE_LOSSES.format("separate-truncated"), ("sac_discrete_sbb",))
+def rewards_are_not_scaled(script):
+    rewrite(script, "args.reward_scale * batch.rewards", "batch.rewards")
+
+
 @plant("lambda-returns go on behind a segment's last step", "lambda_targets: the mask left out",
        SAC_DISCRETE_LOSSES.format("separate-truncated"), ("sac_discrete_sbb",))
 def returns_go_on_behind_the_end(script):

@@ -71,7 +71,7 @@ def test_losses_equal_their_definition(tmp_path, monkeypatch, who, task, q_lambd
     """Episode by episode, step by step, action by action, from the networks as they were."""
     flags = dict(
         task, memory="lru", seq_len=-1, tau=0.1, alpha=0.2, target_entropy=0.5, q_lambda=q_lambda,
-        **SHARED[who])
+        reward_scale=0.7, **SHARED[who])
     seen, _ = watched(tmp_path, monkeypatch, script, **flags)
     assert len(seen) > 20
     for now in seen[::10]:
@@ -95,7 +95,7 @@ def test_losses_equal_their_definition(tmp_path, monkeypatch, who, task, q_lambd
             _, target_q1, target_q2, _ = target(obs, target.memory.initial_state(1), start)
             sampled = None                                  # what the next step brought, with its entropy
             for t in reversed(range(steps)):
-                y = batch.rewards[t, b]
+                y = 0.7 * batch.rewards[t, b]
                 if not batch.terminated[t, b]:
                     logp, q = of_every_action(policy, target_q1, target_q2, t + 1)
                     expected = (logp.exp() * (q - alpha * logp)).sum()
