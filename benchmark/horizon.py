@@ -10,11 +10,11 @@ value and the policy of step t depend on what was seen k steps before: |d value_
 |d policy_t / d x_{t-k}|, averaged over t.
     x           the encoder's features: observations may be integers. If policy and critics have an encoder
                 each, each curve is of its own features
-    value_t     PPO: the value. DQN and SAC-Discrete: the largest Q. SAC and TD3: Q of the most likely action,
-                which is held fixed. Of two critics the smaller Q
+    value_t     PPO: the value. PQN, DQN and SAC-Discrete: the largest Q. SAC and TD3: Q of the most likely
+                action, which is held fixed. Of two critics the smaller Q
     policy_t    PPO and SAC-Discrete: the largest output of the policy's last layer, for its probability is
                 flat where the policy is sure. SAC and TD3: the mean of the action's first number before the
-                tanh, which is flat at the bounds. DQN: none, its Q is its policy
+                tanh, which is flat at the bounds. PQN and DQN: none, Q is their policy
 A dotted line is the number of steps that training's gradient could flow through, unless it was the episode.
 
 --sweep plays the task again with other values of one of its arguments, or other tasks, and draws the return
@@ -89,8 +89,8 @@ def of_continuous(agent, y_policy, y_critics):
 
 OUTPUTS = {  # a file must not name any other module to import
     "ppo_recurrent_sbb": of_ppo, "ppo_recurrent_tbb": of_ppo, "ppo_recurrent_tbb_multigpu": of_ppo,
-    "dqn_recurrent_sbb": of_dqn, "dqn_recurrent_tbb": of_dqn, "sac_discrete_sbb": of_sac_discrete,
-    "sac_gru": of_continuous, "td3_gru": of_continuous}
+    "pqn_recurrent_tbb": of_dqn, "dqn_recurrent_sbb": of_dqn, "dqn_recurrent_tbb": of_dqn,
+    "sac_discrete_sbb": of_sac_discrete, "sac_gru": of_continuous, "td3_gru": of_continuous}
 
 
 def script_of(path):

@@ -170,11 +170,15 @@ class Run:
                      f"{self.folder}/checkpoint.pt: try --resume {self.folder} with a smaller learning rate "
                      "or --max-grad-norm")
 
-    def watch_first_logratio(self, first_logratio):
+    def watch_first_logratio(self, first_logratio, what="log-probabilities"):
         """PPO: before its first gradient step the policy in training must be the one that acted."""
         if first_logratio > 1e-3:
-            tqdm.write(f"warning: log-probabilities differ by {first_logratio:.1e} before the update's first "
+            tqdm.write(f"warning: {what} differ by {first_logratio:.1e} before the update's first "
                        "gradient step: the policy in training is not the one that acted")
+
+    def watch_first_q_difference(self, first_q_difference):
+        """PQN: the same of its action values."""
+        self.watch_first_logratio(first_q_difference, "action values")
 
     def close(self):
         RUNNING.clear()

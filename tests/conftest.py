@@ -16,11 +16,13 @@ if importlib.util.find_spec("memory_gym"):
     envs.memory_gym.load("environment", "the tests")        # imported by a test it would take our ids
 ROOT = Path(__file__).parent.parent
 PPO = "ppo_recurrent_sbb", "ppo_recurrent_tbb"
+PQN = "pqn_recurrent_tbb",
 DQN = "dqn_recurrent_sbb", "dqn_recurrent_tbb"
 DISCRETE_OFF_POLICY = *DQN, "sac_discrete_sbb"
 CONTINUOUS = "sac_gru", "td3_gru"
 OFF_POLICY = *DISCRETE_OFF_POLICY, *CONTINUOUS
-SCRIPTS = *PPO, *OFF_POLICY
+DISCRETE = *PQN, *DISCRETE_OFF_POLICY  # those that take no Box; of CONTINUOUS nothing else
+SCRIPTS = *PPO, *PQN, *OFF_POLICY
 needs_memory_gym = pytest.mark.skipif(                      # not importorskip: that import takes our names
     importlib.util.find_spec("memory_gym") is None,
     reason="Memory Gym is missing: pip install --no-deps memory-gym==1.0.2")

@@ -96,8 +96,8 @@ def copies(tree):
     return pytree.tree_map(lambda x: x.detach().clone() if isinstance(x, torch.Tensor) else x, tree)
 
 
-def assert_caught(tmp_path, capsys, script, **changes):
+def assert_caught(tmp_path, capsys, script, tag="debug/first_logratio", **changes):
     """With what has been planted, the run warns that the policy in training is not the one that acted."""
     rows, _ = run(tmp_path, script, **changes)
-    assert max(column(rows, "debug/first_logratio")) > 1e-3
+    assert max(column(rows, tag)) > 1e-3
     assert "the policy in training is not the one that acted" in "".join(capsys.readouterr())

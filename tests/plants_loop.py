@@ -613,3 +613,48 @@ of_processes("entropy-sign", "the sign of the entropy bonus is turned",
              "- ent_coef *", "+ ent_coef *", AS_TBB)
 of_processes("schedule", "the learning rate stays at its first value",
              "polynomial(args.learning_rate, global_step,", "polynomial(args.learning_rate, 0,", AS_TBB)
+
+
+PQN = "test_pqn.py::{}"
+WHAT_TARGETS_ARE = PQN.format("test_what_targets_are_made_of")
+
+
+@plant("the next episode's return is in the targets", "KNOWN BUG in pqn_recurrent_tbb.py",
+       PQN.format("test_targets_equal_their_definition[0.9-0.65]"), ("pqn_recurrent_tbb",))
+def the_next_episodes_return(script):
+    rewrite(script, "decays = gamma * lam * goes_on ", "decays = gamma * lam * torch.ones_like(rewards) ")
+
+
+@plant("a time limit is treated as death", "KNOWN BUG in pqn_recurrent_tbb.py",
+       PQN.format("test_targets_equal_their_definition[0.9-0.65]"), ("pqn_recurrent_tbb",))
+def pqns_time_limit_is_death(script):
+    rewrite(script, " * next_values + final_values)", " * next_values)")
+
+
+@plant("a death bootstraps", "pqn_recurrent_tbb.py, the rollout", WHAT_TARGETS_ARE, ("pqn_recurrent_tbb",))
+def pqns_death_bootstraps(script):
+    rewrite(script, "np.flatnonzero(truncated & ~terminated)", "np.flatnonzero(truncated | terminated)")
+
+
+@plant("targets bootstrap from the action taken", "pqn_recurrent_tbb.py, the rollout", WHAT_TARGETS_ARE,
+       ("pqn_recurrent_tbb",))
+def values_of_the_action_taken(script):
+    rewrite(script, "q.of(action)[0], q.of(q.greedy())[0]", "q.of(action)[0], q.of(action)[0]")
+
+
+@plant("columns start from the newest state", "PITFALL in pqn_recurrent_tbb.py",
+       PQN.format("test_first_q_difference_is_zero[lru-1-{}]"), ("pqn_recurrent_tbb",))
+def pqns_columns_from_the_newest_state(script):
+    rewrite(script, "tuple(s[mb] for s in tape_state)", "tuple(s[mb] for s in state)")
+
+
+@plant("training does not know where episodes start", "pqn_recurrent_tbb.py, the update",
+       PQN.format("test_first_q_difference_is_zero[lru-1-{}]"), ("pqn_recurrent_tbb",))
+def pqns_columns_without_starts(script):
+    rewrite(script, "mb_state, starts[:, mb])", "mb_state, torch.zeros_like(starts[:, mb]))")
+
+
+@plant("no LayerNorm", "DEVIATION in pqn_recurrent_tbb.py",
+       PQN.format("test_layer_norm_bounds_the_action_values"), ("pqn_recurrent_tbb",))
+def no_layer_norm(script):
+    rewrite(script, "nn.Sequential(hidden, nn.LayerNorm(args.mlp_size))", "nn.Sequential(hidden)")

@@ -14,7 +14,7 @@ import torch
 
 import ppo_recurrent_tbb as tbb
 from models.flags import parse
-from tests.conftest import CONTINUOUS, DQN, ROOT
+from tests.conftest import CONTINUOUS, DQN, PQN, ROOT
 from tests.helpers import run, spy
 
 sys.path.insert(0, str(ROOT / "benchmark"))
@@ -94,7 +94,8 @@ def agent_of(name, memory, **flags):
 
 OF_EACH_FAMILY = (  # and the number of its encoders
     *(("ppo_recurrent_tbb", memory, {}, 1) for memory in ("lru", "lstm", "mingru")),
-    ("dqn_recurrent_sbb", "gru", {}, 1), ("sac_discrete_sbb", "gru", {"shared_encoder": False}, 2),
+    ("pqn_recurrent_tbb", "lru", {}, 1), ("dqn_recurrent_sbb", "gru", {}, 1),
+    ("sac_discrete_sbb", "gru", {"shared_encoder": False}, 2),
     ("sac_discrete_sbb", "lru", {"shared_encoder": True}, 1), ("sac_gru", "gru", {}, 2),
     ("td3_gru", "lru", {}, 2))
 
@@ -128,7 +129,7 @@ def test_horizon_of_no_memory_is_one_step(name):
     start = torch.zeros(6, 1, dtype=torch.bool)
     xs = [torch.rand(6, 1, 3, dtype=torch.float64) for _ in horizon.trunks_of(agent)]
     curves = horizon.sensitivity(horizon.OUTPUTS[name], agent, xs, start, [3, 5])
-    assert len(curves) == (1 if name in DQN else 2)
+    assert len(curves) == (1 if name in (*PQN, *DQN) else 2)
     assert (curves[:, 0] > 0).all() and (curves[:, 1:] == 0).all()
 
 
@@ -148,7 +149,7 @@ def test_horizons_outputs_are_what_the_agent_acts_by(name):
             h, _ = critics.memory(obs, critics.memory.initial_state(1), start)
             value = torch.minimum(*critics(h, action))
             torch.testing.assert_close(out["policy"].tanh(), action[:, 0, 0])
-        elif name in DQN:
+        elif name in (*PQN, *DQN):
             q, _ = agent(obs, state, start)
             value = q.branches[0].amax(-1)
         elif name == "sac_discrete_sbb":

@@ -6,7 +6,7 @@ import pytest
 import safetensors
 import torch
 
-from tests.conftest import CONTINUOUS, DISCRETE_OFF_POLICY, DQN, OFF_POLICY, PPO, SCRIPTS
+from tests.conftest import CONTINUOUS, DISCRETE, DQN, OFF_POLICY, PPO, PQN, SCRIPTS
 from tests.helpers import run
 
 # flags: what the refusal says. It names one of the flags as well.
@@ -42,10 +42,13 @@ BAD_LEARNING_RATE = {
     "--learning-rate nan": "--learning-rate",
 }
 BAD_PPO = {
-    "--num-minibatches 1000": "do not fit",
     "--ent-coef 1e-3 1e-4 1 0": "--ent-coef",
     "--ent-coef 1e-3 1e-4 -1": "--ent-coef",
     "--clip-coef -0.2": "--clip-coef",
+}
+BAD_ROLLOUT = {
+    "--num-minibatches 1000": "do not fit",
+    "--num-steps 100 --total-timesteps 99": "less than one rollout",
 }
 BAD_OFF_POLICY = {
     "--buffer-size 3": "--buffer-size",
@@ -53,12 +56,14 @@ BAD_OFF_POLICY = {
     "--replay-ratio -1": "--replay-ratio",
     "--tau 2": "--tau",
 }
-BAD_DISCRETE_OFF_POLICY = {
+BAD_DISCRETE = {
     "--env-id popgym-PositionOnlyPendulumEasy-v0": "action space",
 }
-BAD_DQN = {
+BAD_EPSILON = {
     "--start-e 2": "--start-e",
     "--exploration-fraction 0": "--exploration-fraction",
+}
+BAD_DQN = {
     "--loss elephant": "--loss",
     "--n-step 0": "--n-step",
 }
@@ -103,10 +108,12 @@ BAD_TD3 = {
 }
 WHO_REFUSES_WHAT = [
     (SCRIPTS, BAD),
-    ([*PPO, *DISCRETE_OFF_POLICY], BAD_LEARNING_RATE),
+    ([*PPO, *DISCRETE], BAD_LEARNING_RATE),
     (PPO, BAD_PPO),
+    ([*PPO, *PQN], BAD_ROLLOUT),
     (OFF_POLICY, BAD_OFF_POLICY),
-    (DISCRETE_OFF_POLICY, BAD_DISCRETE_OFF_POLICY),
+    (DISCRETE, BAD_DISCRETE),
+    ([*PQN, *DQN], BAD_EPSILON),
     (DQN, BAD_DQN),
     (["dqn_recurrent_sbb", "sac_discrete_sbb"], BAD_SEGMENTS),
     (["dqn_recurrent_tbb"], BAD_TAPE),

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from models import MEMORIES, Encoder, PolicyHead, QHead
-from tests.conftest import CONTINUOUS, DISCRETE_OFF_POLICY, DQN, PPO, SCRIPTS
+from tests.conftest import CONTINUOUS, DISCRETE, DISCRETE_OFF_POLICY, DQN, PPO, PQN, SCRIPTS
 from tests.helpers import column, comparable, run
 from tests.probes import NUMBERS
 from tests.standin import StandIn
@@ -20,7 +20,7 @@ from tests.standin import StandIn
 PPO = *PPO, "ppo_recurrent_tbb_multigpu"
 ALL = *SCRIPTS, "ppo_recurrent_tbb_multigpu"
 every_script = pytest.mark.parametrize("script", ALL, indirect=True)
-# PPO: one rollout of 16 steps and 2 gradient steps. Others: 16 steps in 4 environments and 2 gradient steps.
+# PPO, PQN: one rollout of 16 steps, 2 gradient steps. Others: 16 steps in 4 environments, 2 gradient steps.
 SHORT = dict(
     total_timesteps=64, num_steps=16, num_minibatches=2, update_epochs=1, train_every=32, learning_starts=32,
     policy_learning_starts=32, replay_ratio=0.04, tape_len=16, batch_size=16, log_every=32)
@@ -82,17 +82,17 @@ LONG = {"env_id": "PocMemory-v0", "env_kwargs": {"max_steps": 11}}
 OPTIONS = {
     "inputs": (ALL, {"prev_action": True, "prev_reward": True, "encoder_size": 8, "num_layers": 2}),
     "evaluation": (ALL, {"eval_every": 32, "eval_episodes": 3}),
-    "normalised": (PPO, NORMALISED),
+    "normalised": ([*PPO, *PQN], NORMALISED),
     "burn-in": (["ppo_recurrent_sbb"], {**LONG, "burn_in": 3, "seq_len": 3}),
     "full-episodes": (PPO[1:], {"full_episodes": True, "total_timesteps": 192}),
     "max-prefix": (PPO[1:], {**LONG, "full_episodes": True, "max_prefix": 2, "total_timesteps": 192}),
     "box": (PPO, {"env_id": "CountInput-v0", "env_kwargs": {}}),
-    "multi-discrete": ([*PPO, *DISCRETE_OFF_POLICY], {
+    "multi-discrete": ([*PPO, *DISCRETE], {
         "env_id": "popgym-MineSweeperEasy-v0", "env_kwargs": {}, "prev_action": True}),
     "pictures": (["ppo_recurrent_tbb", "dqn_recurrent_sbb"], {
         "env_id": "MinigridMemory-v0", "env_kwargs": {"views": False}, "total_timesteps": 640,
         "learning_starts": 608, "buffer_size": 4000}),
-    "views": (["ppo_recurrent_tbb", "dqn_recurrent_sbb"], {
+    "views": (["ppo_recurrent_tbb", "pqn_recurrent_tbb", "dqn_recurrent_sbb"], {
         "env_id": "MinigridMemory-v0", "env_kwargs": {"max_steps": 9}, "encoder_size": 16,
         "prev_action": True}),
     "stored-states": ([*DISCRETE_OFF_POLICY, *CONTINUOUS], {"burn_in": 3, "seq_len": 2}),

@@ -24,13 +24,13 @@ from models import run_folder
 from models.flags import read_checkpoint
 from models.play import play
 from models.rnn import GRU
-from tests.conftest import CONTINUOUS, DISCRETE_OFF_POLICY, OFF_POLICY, PPO, SCRIPTS, needs_memory_gym
+from tests.conftest import CONTINUOUS, DISCRETE, OFF_POLICY, PPO, PQN, SCRIPTS, needs_memory_gym
 from tests.helpers import column, command_line, comparable, copies, run, small, wait_for, weights_of
 from tests.probes import NUMBERS
 
 ROW = 4 * 32  # steps between two rows of progress.csv in a small run, which has three
 NORMALISED = {"norm_obs": True, "norm_reward": True, "prev_action": True}
-of_discrete_actions = pytest.mark.parametrize("script", [*PPO, *DISCRETE_OFF_POLICY], indirect=True)
+of_discrete_actions = pytest.mark.parametrize("script", [*PPO, *DISCRETE], indirect=True)
 
 
 def cases(scripts, runs, quick):
@@ -43,9 +43,10 @@ def cases(scripts, runs, quick):
     return found
 
 
-def first_logratio(script, rows):
-    """The largest one of the run; only PPO has it."""
-    return max(column(rows, "debug/first_logratio")) if script.SCRIPT in PPO else 0
+def first_difference(script, rows):
+    """The largest one of the run, of log-probabilities or action values; a replay has none."""
+    tags = dict.fromkeys(PPO, "debug/first_logratio") | dict.fromkeys(PQN, "debug/first_q_difference")
+    return max(column(rows, tags[script.SCRIPT])) if script.SCRIPT in tags else 0
 
 
 @pytest.mark.quick
@@ -108,7 +109,7 @@ def test_other_peoples_tasks_and_another_number_of_environments_resume_with_new_
     _, folder = run(tmp_path, script, **changes)
     rows, _ = run(tmp_path, script, resume=str(folder), total_timesteps=4 * ROW, **changes)
     assert column(rows, "global_step") == [ROW, 2 * ROW, 3 * ROW, 4 * ROW]
-    assert first_logratio(script, rows) < 1e-5
+    assert first_difference(script, rows) < 1e-5
 
     _, folder = run(tmp_path / "ours", script)
     one_more_row = 3 * ROW + 5 * 32
@@ -282,14 +283,14 @@ def test_every_kind_of_task_trains_and_plays(script, tmp_path, env_id, capsys):
         env_id=env_id, env_kwargs={}, prev_action=True, prev_reward=True,
         eval_every=ROW, eval_episodes=2)
     fits = ("Pendulum" in env_id) == (script.SCRIPT in CONTINUOUS)
-    if script.SCRIPT in OFF_POLICY and not fits:
+    if script.SCRIPT not in PPO and not fits:
         with pytest.raises(SystemExit):
             run(tmp_path, script, **changes)
         assert "action space" in capsys.readouterr().err
         return
     rows, folder = run(tmp_path, script, **changes)
     assert column(rows, "eval/episodic_return")
-    assert first_logratio(script, rows) < 1e-4
+    assert first_difference(script, rows) < 1e-4
     model = str(folder / "model.safetensors")
     script.main(["--model", model, "--episodes", "1", "--render-mode", "none"])
     assert "mean of 1: return" in capsys.readouterr().out
@@ -300,9 +301,8 @@ def test_every_kind_of_task_trains_and_plays(script, tmp_path, env_id, capsys):
 def test_views_images_and_symbols_train(script, tmp_path, kwargs):
     kwargs = {"max_steps": 30, **kwargs}
     rows, _ = run(tmp_path, script, env_id="MinigridMemory-v0", env_kwargs=kwargs, encoder_size=16)
-    if script.SCRIPT in PPO:
-        assert first_logratio(script, rows) < 1e-4
-    else:
+    assert first_difference(script, rows) < 1e-4
+    if script.SCRIPT in OFF_POLICY:
         assert max(column(rows, "losses/grad_norm")) < 10
 
 

@@ -10,7 +10,7 @@ import envs  # noqa: F401  registers the tasks
 from models.encoder import Encoder, leaves
 from models.images import Image
 from models.views import Views, Whitened
-from tests.conftest import DISCRETE_OFF_POLICY, PPO
+from tests.conftest import DISCRETE, PPO
 from tests.helpers import run, spy, weights_of
 
 K = 12
@@ -171,7 +171,7 @@ def test_whitening_is_refused_without_numbered_pictures(task, complaint, capsys,
     assert refused.value.code == 2 and complaint in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("script", [*PPO, *DISCRETE_OFF_POLICY], indirect=True)
+@pytest.mark.parametrize("script", [*PPO, *DISCRETE], indirect=True)
 def test_an_agent_of_whitened_pictures_plays_on_pictures(tmp_path, script, capsys):
     kwargs = {"tile_size": 8, "max_steps": 9}
     folder = run(tmp_path, script, env_id="MinigridMemory-v0", env_kwargs=kwargs, shrink_images=2,
@@ -198,7 +198,7 @@ CASES = {"plain": {}, "inputs": {"prev_action": True, "prev_reward": True}, "shr
 
 
 @pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("script", [*PPO, *DISCRETE_OFF_POLICY], indirect=True)
+@pytest.mark.parametrize("script", [*PPO, *DISCRETE], indirect=True)
 def test_training_is_the_same_as_with_pictures(tmp_path, script, changes, capsys):
     """Same weights after the first gradient steps but for rounding. And --model plays on pictures too."""
     folders = []
