@@ -38,7 +38,7 @@ WORKS = (
     ("minigrid-rgb", "MinigridMemory as pictures", None),
     ("mortar-mayhem-grid", "Mortar Mayhem, 10 commands", None),
     ("mystery-path-grid", "Mystery Path", None),
-    ("repeat-previous-medium", "RepeatPrevious, 32 steps back", None),
+    ("repeat-previous-medium-pqn", "RepeatPrevious, 31 steps back", None),
     ("visual-match-60-dqn", "Visual Match, 60 steps", None),
     ("key-to-door-60-dqn", "Key-to-Door, 60 steps", None),
     ("tmaze-length__250__dqn__mingru", "T-Maze, 250 steps", 1.0),
