@@ -20,7 +20,8 @@ A dotted line is the number of steps that training's gradient could flow through
 --sweep plays the task again with other values of one of its arguments, or other tasks, and draws the return
 (and the success, where the task defines it) against them: recall against delay, past the delay of training.
 Of several arguments at once: `--sweep env-kwargs '{"size": 17, "random_length": true}' ...`. Given several
-models it draws one curve for each memory, the mean over its models: of success if the task defines it.
+models it draws one curve for each memory, the mean over its models: of success if the task defines it. Of
+more than eight curves it draws a picture in colours.
 
 Writes horizon.csv and horizon.png (sweep.csv and sweep.png) beside the (first) model.
 """
@@ -176,14 +177,25 @@ def draw(path, columns, x, xlabel, ylabel, log, marks=()):
         writer.writerow((xlabel.split(" ")[0], *columns))   # "k (steps back)" is k
         writer.writerows(zip(x, *([f"{v:.4g}" for v in column] for column in columns.values())))
     figure, axis = plt.subplots(figsize=(5, 3.2), layout="constrained")
-    for name, column in columns.items():
-        axis.plot(x, column, label=name, linewidth=1, marker="." if len(x) < 20 else None)
-    for name, at in marks:
-        axis.axvline(at, color="gray", linestyle=":", linewidth=1, label=name)
+    if len(columns) > 8:                                    # lines that nobody could tell apart
+        grid = np.array(list(columns.values()))             # [curves, values]
+        image = axis.imshow(grid, cmap="cividis", aspect="auto")
+        axis.set_xticks(range(len(x)), x, fontsize=7)
+        axis.set_yticks(range(len(columns)), columns, fontsize=7)
+        for _, at in marks:
+            if at in x:
+                axis.axvline(list(x).index(at), color="red", linestyle=":", linewidth=1)
+        figure.colorbar(image).set_label(ylabel, fontsize=8)
+        ylabel = None
+    else:
+        for name, column in columns.items():
+            axis.plot(x, column, label=name, linewidth=1, marker="." if len(x) < 20 else None)
+        for name, at in marks:
+            axis.axvline(at, color="gray", linestyle=":", linewidth=1, label=name)
+        axis.legend(frameon=False, fontsize=8)
     if log:
         axis.set_yscale("log")
     axis.set(xlabel=xlabel, ylabel=ylabel)
-    axis.legend(frameon=False, fontsize=8)
     figure.savefig(path.with_suffix(".png"), dpi=120)
     plt.close(figure)
     print(f"wrote {path.with_suffix('.csv')} and {path.with_suffix('.png')}")

@@ -392,6 +392,7 @@ TABLES = {                                                  # {name: (file, func
     "off-policy-speed": (RESULTS / "off-policy-speed.csv", off_policy_speed_table),
     "layers": (RESULTS / "layers.csv", layers_table),
     "minigrid-sizes": (RESULTS / "minigrid-sizes.csv", sizes_table),
+    "tmaze-extrapolation": (RESULTS / "tmaze-extrapolation.csv", sizes_table),
     "minigrid-s17-random": (RESULTS / "minigrid-s17-random.csv", sizes_table),
     "every-task": (RESULTS / "every-task.csv", every_task_table),
 }

@@ -319,3 +319,11 @@ def test_off_policy_runs_of_speed_train_as_often_and_on_as_many_steps_as_it_says
         counted = [call.result.real.sum().item() for call in samples]
         counted = counted or [float(row["charts/transitions"]) for row in rows]
         assert statistics.mean(counted) == pytest.approx(transitions, rel=0.02)
+
+
+def test_more_curves_than_can_be_told_apart_are_a_picture(tmp_path):
+    columns = {f"memory-{i}": [1, i / 10, 0] for i in range(9)}
+    marks = [("training", 10)]
+    horizon.draw(tmp_path / "sweep", columns, [5, 10, 20], "length", "success", log=False, marks=marks)
+    assert (tmp_path / "sweep.csv").read_text().splitlines()[2] == "10,0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8"
+    assert (tmp_path / "sweep.png").stat().st_size > 1000
