@@ -338,7 +338,7 @@ def doors_coloured_once():
 
 
 @plant("all environments have one seed", "KNOWN BUG in envs/vector.py",
-       "test_envs.py::test_environments_differ[popgym-RepeatPreviousEasy-v0]")
+       "test_envs.py::test_environments_differ[Acrobot-v1]")
 def one_seed():
     from gymnasium.vector import SyncVectorEnv
 

@@ -14,7 +14,7 @@ from tests import planted_multigpu
 from tests.conftest import ROOT
 from tests.helpers import column, command_line, comparable, run, weights_of
 
-CARTPOLE = dict(env_id="popgym-PositionOnlyCartPoleEasy-v0", env_kwargs={}, num_minibatches=1)
+CARTPOLE = dict(env_id="CartPole-v1", env_kwargs={}, num_minibatches=1)
 
 
 @pytest.fixture

@@ -414,8 +414,9 @@ def test_running_episodes_of_other_peoples_tasks_do_not_continue(script, tmp_pat
     _, ours = run(tmp_path, script, run_name="ours")
     run(tmp_path, script, resume=str(ours), total_timesteps=512)
     assert not forgotten
-    _, theirs = run(tmp_path, script, **MINES, run_name="theirs")
-    run(tmp_path, script, **MINES, resume=str(theirs), total_timesteps=512)
+    cartpole = dict(env_id="CartPole-v1", env_kwargs={})
+    _, theirs = run(tmp_path, script, **cartpole, run_name="theirs")
+    run(tmp_path, script, **cartpole, resume=str(theirs), total_timesteps=512)
     assert len(forgotten) == 1
 
 

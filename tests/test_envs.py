@@ -207,7 +207,7 @@ def test_no_phantom_transition_in_other_peoples_tasks():
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("env_id", ["PocMemory-v0", "CartPoleMasked-v0", "popgym-RepeatPreviousEasy-v0"])
+@pytest.mark.parametrize("env_id", ["PocMemory-v0", "CartPoleMasked-v0", "Acrobot-v1"])
 def test_environments_differ(env_id):
     """One seed, sixteen environments: they must not all play the same episode."""
     envs = gym.make_vec(env_id, 16)

@@ -104,8 +104,8 @@ def test_resume_drops_rows_after_the_checkpoint(script, tmp_path):
 
 def test_other_peoples_tasks_and_another_number_of_environments_resume_with_new_episodes(
         script, tmp_path, capsys):
-    task = "PositionOnlyPendulum" if script.SCRIPT in CONTINUOUS else "RepeatPrevious"
-    changes = dict(env_id=f"popgym-{task}Easy-v0", env_kwargs={}, prev_action=True)
+    env_id = "Pendulum-v1" if script.SCRIPT in CONTINUOUS else "CartPole-v1"
+    changes = dict(env_id=env_id, env_kwargs={}, prev_action=True)
     _, folder = run(tmp_path, script, **changes)
     rows, _ = run(tmp_path, script, resume=str(folder), total_timesteps=4 * ROW, **changes)
     assert column(rows, "global_step") == [ROW, 2 * ROW, 3 * ROW, 4 * ROW]
