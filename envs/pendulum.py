@@ -25,7 +25,7 @@ class PendulumMaskedBatch(BatchEnv):
         check_whole(max_steps=max_steps)
         self.max_steps = max_steps
         self.t = np.zeros(num_envs, int)                    # [N]
-        self.sign = np.ones(num_envs, int)                  # [N] of the torque
+        self.sign = np.ones(num_envs, np.float32)           # [N] of the torque, 1 or -1
         self.theta = np.zeros(num_envs)                     # [N] rad, 0 is upright
         self.velocity = np.zeros(num_envs)                  # [N] rad/s
         self.action = np.zeros(num_envs)                    # [N] Nm, the last one
@@ -35,16 +35,19 @@ class PendulumMaskedBatch(BatchEnv):
         drawn = self.np_random.uniform([[-np.pi], [-1]], [[np.pi], [1]], (2, len(rows)))
         self.theta[rows], self.velocity[rows] = drawn
 
+    def torque(self, actions):
+        return actions[:, 0].astype(float).clip(-self.pendulum.max_torque, self.pendulum.max_torque)
+
     def move(self, actions):
         """Gymnasium's PendulumEnv.step with its constants: semi-implicit Euler, 50 ms."""
-        p = self.pendulum
-        self.action = actions[:, 0].astype(float).clip(-p.max_torque, p.max_torque)
+        p, torque = self.pendulum, self.torque(actions)
         angle = (self.theta + np.pi) % (2 * np.pi) - np.pi  # -pi ... pi
-        reward = -(angle**2 + 0.1 * self.velocity**2 + 0.001 * self.action**2)
+        reward = -(angle**2 + 0.1 * self.velocity**2 + 0.001 * torque**2)
         gravity = 3 * p.g / (2 * p.l) * np.sin(self.theta)
-        acceleration = gravity + 3 / (p.m * p.l**2) * self.sign * self.action
+        acceleration = gravity + 3 / (p.m * p.l**2) * self.sign * torque
         self.velocity = (self.velocity + acceleration * p.dt).clip(-p.max_speed, p.max_speed)
         self.theta = self.theta + self.velocity * p.dt
+        self.action[:] = torque
         self.t = self.t + 1
         truncated = self.t == self.max_steps
         return reward, np.zeros_like(truncated), truncated, None

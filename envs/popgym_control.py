@@ -70,21 +70,14 @@ class PositionOnlyPendulumBatch(PendulumMaskedBatch):
         check_whole(max_episode_length=max_episode_length)
         super().__init__(num_envs, max_episode_length, **kwargs)
 
+    def torque(self, actions):
+        """It stays a float32, as in Gymnasium."""
+        return actions[:, 0].clip(-self.pendulum.max_torque, self.pendulum.max_torque)
+
     def move(self, actions):
-        """As PendulumMaskedBatch.move, but the torque stays a float32 in the sums, as in Gymnasium."""
-        p = self.pendulum
-        torque = actions[:, 0].clip(-p.max_torque, p.max_torque)
-        angle = (self.theta + np.pi) % (2 * np.pi) - np.pi  # -pi ... pi
-        cost = angle**2 + 0.1 * self.velocity**2 + 0.001 * torque**2
-        gravity = 3 * p.g / (2 * p.l) * np.sin(self.theta)
-        acceleration = gravity + 3 / (p.m * p.l**2) * torque
-        self.velocity = (self.velocity + acceleration * p.dt).clip(-p.max_speed, p.max_speed)
-        self.theta = self.theta + self.velocity * p.dt
-        self.action[:] = torque
-        self.t = self.t + 1
+        reward, terminated, truncated, _ = super().move(actions)
         middle = 16.2736044 / 2                             # of the costs
-        truncated = self.t == self.max_steps
-        return (middle - cost) / middle / self.max_steps, np.zeros_like(truncated), truncated, None
+        return (middle + reward) / middle / self.max_steps, terminated, truncated, None
 
     def text(self, i):
         return f"{super().text(i)}   seen {self.observe()[i].round(2)}"

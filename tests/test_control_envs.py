@@ -89,7 +89,7 @@ def test_pendulums_are_gymnasiums(env_id):
         env.reset(seed=0)
         env.state = np.array([envs.theta[i], envs.velocity[i]])
     assert set(envs.sign) == ({1} if "Masked" in env_id else {-1, 1})
-    signs = envs.sign.copy()
+    signs = envs.sign.astype(int)
     for t in range(200):
         action = rng.uniform(-3, 3, (6, 1)).astype(np.float32)
         obs, reward, terminated, truncated, infos = envs.step(action)

@@ -17,7 +17,7 @@ import ppo_recurrent_sbb
 from envs import POPGYM
 from envs.batch import BatchEnv, SingleEnv
 from envs.memory_gym import TASKS as MEMORY_GYM
-from envs.vector import make_envs
+from envs.vector import make_envs, make_rendered
 from envs.wrappers import PreviousActionReward, ResetOptions
 from models.encoder import leaves
 from tests.conftest import needs_memory_gym
@@ -364,6 +364,22 @@ def test_popgyms_ids_give_popgyms_task_alone_and_ours_as_a_batch(env_id):
                           (batch.single_action_space, theirs.action_space)):
         assert mine == popgyms and mine.dtype == popgyms.dtype
     assert batch.observation_space.contains(batch.reset(seed=0)[0])
+
+
+@pytest.mark.quick
+@ours
+def test_what_a_batch_saves_has_a_row_for_each_environment(env_id, kwargs):
+    """A constant among them would be given to a batch of another size by a resume."""
+    envs = gym.make_vec(env_id, 3, **kwargs)
+    envs.reset(seed=0)
+    assert {name for name, x in envs.state_dict().items() if name != "np_random" and len(x) != 3} == set()
+
+
+@pytest.mark.parametrize("env_id", ["popgym-RepeatPreviousEasy-v0", "popgym-BattleshipEasy-v0"])
+def test_popgyms_tasks_are_shown_as_text(env_id):
+    envs = make_rendered(ppo_recurrent_sbb.Args(env_id=env_id), "auto")
+    envs.reset(seed=0)
+    assert isinstance(envs.render()[0], str)
 
 
 def test_every_id_of_popgym_has_a_batch():
