@@ -66,6 +66,7 @@ class Args:
 
     learning_rate: Schedule = (5e-3, 0.0)  # schedule: initial [final [power [decay-steps]]]
     gamma: Fraction = 0.9  # discount; 0.99 where rewards come late
+    reward_scale: Positive = 1.0  # what is learned is rewards times this
     q_lambda: Fraction = 0.65  # of Q(lambda); 0: bootstraps after one step, 1: at the rollout's end only
     num_minibatches: Count = 8  # minibatches of whole columns per epoch
     update_epochs: Count = 3  # passes over the rollout
@@ -230,7 +231,7 @@ def train(args, saved):
             next_obs, reward, terminated, truncated, infos = envs.step(agent.q.to_env(action[0]))
             run.lap("env")
 
-            next_obs, rewards[t] = tensors(next_obs), torch.as_tensor(reward)
+            next_obs, rewards[t] = tensors(next_obs), torch.as_tensor(args.reward_scale * reward)
             next_start = torch.as_tensor(terminated | truncated, device=device)
             late = np.flatnonzero(truncated & ~terminated)  # ended by a time limit, not by death
             if len(late):

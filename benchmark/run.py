@@ -84,7 +84,8 @@ def cells_of(name, entry):
     """An entry for each combination of its grid's values, whose names join its own; itself without a grid.
 
     A value is the text for the {placeholder} of its axis in the command. A value that is a table has texts
-    for several placeholders; the one of its axis gets the value's name.
+    for several placeholders; the one of its axis gets the value's name. Its `seeds`, if it has some, stand in
+    place of the entry's.
     """
     grid, out = entry.get("grid", {}), {}
     for cell in itertools.product(*(values.items() for values in grid.values())):
@@ -92,10 +93,11 @@ def cells_of(name, entry):
         for axis, (value_name, value) in zip(grid, cell):
             texts |= {axis: value_name, **value} if isinstance(value, dict) else {axis: value}
         names = [value_name for value_name, _ in cell]
-        command = fill(entry["command"], texts)
-        if not all(type(seed) is int for seed in entry.get("seeds", ())):
+        seeds = texts.pop("seeds", entry.get("seeds", ()))
+        if not all(type(seed) is int for seed in seeds):
             raise ValueError(f"{name}: seeds are whole numbers")
-        out["__".join([name, *names])] = {**entry, "command": command, "cell": names}
+        command = fill(entry["command"], texts)
+        out["__".join([name, *names])] = {**entry, "command": command, "seeds": seeds, "cell": names}
     return out
 
 

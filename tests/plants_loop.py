@@ -642,6 +642,11 @@ def values_of_the_action_taken(script):
     rewrite(script, "q.of(action)[0], q.of(q.greedy())[0]", "q.of(action)[0], q.of(action)[0]")
 
 
+@plant("rewards are not scaled", "pqn_recurrent_tbb.py, the rollout", WHAT_TARGETS_ARE, ("pqn_recurrent_tbb",))
+def pqns_rewards_are_not_scaled(script):
+    rewrite(script, "args.reward_scale * reward", "reward")
+
+
 @plant("columns start from the newest state", "PITFALL in pqn_recurrent_tbb.py",
        PQN.format("test_first_q_difference_is_zero[lru-1-{}]"), ("pqn_recurrent_tbb",))
 def pqns_columns_from_the_newest_state(script):

@@ -119,7 +119,7 @@ def test_what_targets_are_made_of(tmp_path, monkeypatch):
     is the bootstrap of this one."""
     forwards, steps = spy(monkeypatch, pqn.Agent, "forward"), spy(monkeypatch, envs.vector.Episodes, "step")
     targets, valued = spy(monkeypatch, pqn, "q_lambda_targets"), spy(monkeypatch, pqn, "best_values_of")
-    run(tmp_path, pqn, memory="lstm", learning_rate=(0.0,), **DISCRETE)
+    run(tmp_path, pqn, memory="lstm", learning_rate=(0.0,), reward_scale=0.5, **DISCRETE)
     acted = [call for call in forwards if call.result[0].branches[0].is_inference()]
     best = torch.cat([call.result[0].branches[0].amax(-1) for call in acted])               # [96, 4]
     starts = torch.cat([call.args[3] for call in acted])
@@ -127,7 +127,7 @@ def test_what_targets_are_made_of(tmp_path, monkeypatch):
     for t, (step, forward) in enumerate(zip(steps[1:], acted, strict=True)):
         call, row = targets[t // 32], t % 32
         _, reward, terminated, truncated, infos = step.result
-        assert call.args[0][row].tolist() == reward.tolist()
+        assert call.args[0][row].tolist() == (0.5 * reward).tolist()
         assert torch.equal(call.args[1][row], best[t]) and torch.equal(call.args[2][row], starts[t])
         assert (call.args[3][row] != 0).tolist() == truncated.tolist()
         if truncated.any():

@@ -111,7 +111,7 @@ def test_the_commands_of_benchmark_tasks_give_no_flag_twice_and_leave_no_placeho
 
 @pytest.mark.quick
 def test_a_grid_fills_placeholders():
-    grid = {"length": {"10": {"steps": "99"}, "20": {"steps": "199"}},
+    grid = {"length": {"10": {"steps": "99", "seeds": [4, 5]}, "20": {"steps": "199"}},
             "memory": {"gru": "gru", "lru": """lru --memory-kwargs '{"a": {length}}'"""}}
     command = """python x.py --env-kwargs '{"n": {length}}' --memory {memory} --steps {steps}"""
     cells = cells_of("t", {"command": command, "grid": grid, "seeds": [1]})
@@ -121,6 +121,7 @@ def test_a_grid_fills_placeholders():
         "python", "x.py", "--env-kwargs", '{"n": 20}', "--memory", "lru", "--memory-kwargs", '{"a": 20}',
         "--steps", "199"]
     assert (cell["seeds"], cell["cell"]) == ([1], ["20", "lru"])
+    assert cells["t__10__gru"]["seeds"] == [4, 5]           # a value's own
 
 
 @pytest.mark.quick
