@@ -66,7 +66,7 @@ class MaskedBatch(BatchEnv):
         if self.gives == "drawn":
             firsts = np.cumsum(self.sizes) - self.sizes
             assert np.take_along_axis(self.masks, actions + firsts, 1).all(), (actions, self.masks)
-        reward = (actions.sum(1) + self.t) % 3 - 1.0
+        reward = (actions.sum(1) + self.t + self.masks.sum(1)) % 3 - 1.0
         self.t = self.t + 1
         self.masks = draw(self.np_random, self.sizes, self.num_envs)
         ended = self.t == self.length
@@ -440,7 +440,7 @@ def test_a_mask_that_comes_later_is_named(tmp_path, capsys):
 
     gym.registry.pop("Later-v0", None)
     gym.register("Later-v0", Later)
-    error = refusal(tmp_path, capsys, ppo, **task("Later-v0"))
+    error = refusal(tmp_path, capsys, ppo, **task("Later-v0", gives="ones"))    # no action is forbidden
     assert "--env-id Later-v0 gives an action_mask at some steps and not at others; --no-action-mask" in error
 
 
