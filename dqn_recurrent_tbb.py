@@ -60,6 +60,7 @@ class Args:
     mlp_size: Count = 64  # hidden layer of the action values
     prev_action: bool = False  # feed the previous action to the memory
     prev_reward: bool = False  # feed the previous reward to the memory
+    action_mask: bool = True  # apply the masks that the task gives, if any
 
     buffer_size: Count = 200_000  # positions in the replay; an episode of n steps takes n + 1
     learning_starts: Whole = 5_000  # environment steps with random actions, before any learning
@@ -110,7 +111,7 @@ class Agent(nn.Module):
     def forward(self, obs, state, start):
         """ActionValues of all steps, [T, B], and the last state."""
         y, state = self.memory(self.encoder(obs), state, start)                         # [T, B, H]
-        return self.q(self.hidden(y).relu()), state
+        return self.q(self.hidden(y).relu(), self.encoder.mask(obs)), state
 
     def act(self, obs, state, start):
         """The greedy actions, as the environment takes them, and the next state.   obs: of [B, ...]"""

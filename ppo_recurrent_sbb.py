@@ -57,6 +57,7 @@ class Args:
     mlp_size: Count = 64  # hidden layer of policy and of value
     prev_action: bool = False  # feed the previous action to the memory
     prev_reward: bool = False  # feed the previous reward to the memory
+    action_mask: bool = True  # apply the masks that the task gives, if any
     reset_state: bool = True  # whether the memory forgets between episodes
     seq_len: int = 8  # L, the length of truncated BPTT; -1: whole episodes in the rollout
     burn_in: Whole = 0  # steps before a segment that refresh its state (R2D2); at most seq-len
@@ -126,7 +127,7 @@ class Agent(nn.Module):
         y, state = self.memory(x, state, start & self.reset_state)                  # [T, B, H]
         if mask is not None:
             y = y[mask]                                     # [M, H], waits for the device
-        dist = self.policy(self.policy_hidden(y).relu())
+        dist = self.policy(self.policy_hidden(y).relu(), self.encoder.mask(obs))
         value = self.value(self.value_hidden(y).relu()).squeeze(-1)
         return dist, value, state
 

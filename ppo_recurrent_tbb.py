@@ -58,6 +58,7 @@ class Args:
     mlp_size: Count = 64  # hidden layer of policy and of value
     prev_action: bool = False  # feed the previous action to the memory
     prev_reward: bool = False  # feed the previous reward to the memory
+    action_mask: bool = True  # apply the masks that the task gives, if any
     full_episodes: bool = False  # the tape also holds the steps since the start of every episode
     max_prefix: Whole = 1024  # with --full-episodes: at most so many earlier steps in all columns
     reset_state: bool = True  # whether the memory forgets between episodes
@@ -116,7 +117,7 @@ class Agent(nn.Module):
         """Distribution and value of the steps after the first `prefix`, [T, B] each, and the last state."""
         y, state = self.memory(self.encoder(obs), state, start & self.reset_state)  # [P + T, B, H]
         y = y[prefix:]                                      # [T, B, H]
-        dist = self.policy(self.policy_hidden(y).relu())
+        dist = self.policy(self.policy_hidden(y).relu(), self.encoder.mask(obs, prefix))
         value = self.value(self.value_hidden(y).relu()).squeeze(-1)
         return dist, value, state
 

@@ -59,6 +59,7 @@ class Args:
     shared_encoder: bool = False  # one encoder and memory for policy and critics; otherwise two
     prev_action: bool = False  # feed the previous action to the memory
     prev_reward: bool = False  # feed the previous reward to the memory
+    action_mask: bool = True  # apply the masks that the task gives, if any
 
     buffer_size: Count = 200_000  # positions in the replay; an episode of n steps takes n + 1
     learning_starts: Whole = 500  # environment steps before any learning; the policy is nearly uniform
@@ -121,7 +122,8 @@ class Agent(nn.Module):
         #   Test: test_sac_discrete.py::test_who_receives_a_gradient_of_which_loss.
         if self.freeze_memory:
             y_policy = y_policy.detach()
-        return self.policy(y_policy), self.q1(y_critics), self.q2(y_critics), state
+        policy = self.policy[-1](self.policy[:-1](y_policy), self.memory[0]["encoder"].mask(obs))
+        return policy, self.q1(y_critics), self.q2(y_critics), state
 
     def act(self, obs, state, start):
         """The most likely actions, as the environment takes them, and the next state.   obs: of [B, ...]"""

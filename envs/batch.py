@@ -37,6 +37,9 @@ class BatchEnv(gym.vector.VectorEnv):
         picture(n)      row n, [H, W, 3] uint8       (render_mode "rgb_array")
         facts()         what else the info of an episode's last step says, {name: array [N]}; may be left out
 
+    What forbids actions is a part `action_mask` of a Dict observation, its space an ActionMask(action_space)
+    in models/action_mask.py: 1 is allowed; something always is, also in the last observation.
+
     Whatever changes in an episode lives in numpy arrays [N, ...], made in __init__ with their final
     dtype: these attributes are what a resume restores. Constants are no array attributes.
 

@@ -13,6 +13,8 @@ from gymnasium.vector import AutoresetMode
 
 from envs import wrappers
 from envs.batch import BatchEnv
+from models.action_mask import ActionMask
+from models.encoder import leaves
 from models.flags import fail, refused_in_one_sentence
 
 
@@ -25,17 +27,28 @@ def make_envs(args, num_envs, training=True, render_mode=None):
             f"{json.dumps(reset_options(args, training))}")
     with refused_in_one_sentence(what):
         envs = wrappers.Checked(make_vector(args, num_envs, training, render_mode))
+        if not getattr(args, "action_mask", True):
+            envs = wrappers.NoActionMask(envs)
         if args.shrink_images > 1:
             envs = wrappers.ShrunkImages(envs, args.shrink_images)
         if args.prev_action or args.prev_reward:
             envs = wrappers.PreviousActionReward(envs, args.prev_action, args.prev_reward)
         envs = Episodes(envs, [args.env_id, args.env_kwargs, num_envs])
         weakref.finalize(envs, envs.env.close)              # once nobody uses them
-        envs.reset(seed=args.seed)
-        envs.step(envs.action_space.sample())               # wrong flags show before a run exists
+        obs, _ = envs.reset(seed=args.seed)
+        envs.step(any_actions(envs, obs))                   # wrong flags show before a run exists
     if training and args.eval_reset_options:
         make_envs(args, 1, training=False).close()
     return envs
+
+
+def any_actions(envs, obs):
+    """Actions that no mask forbids, one for every environment."""
+    space = envs.single_observation_space
+    for part, leaf in zip(leaves(space), leaves(space, obs)):
+        if isinstance(part, ActionMask):
+            return part.first_allowed(leaf)
+    return envs.action_space.sample()
 
 
 def make_vector(args, num_envs, training, render_mode):
@@ -56,9 +69,11 @@ def make_vector(args, num_envs, training, render_mode):
         return wrappers.BatchResetOptions(envs, options) if options else envs
     if render_mode:
         kwargs = {**kwargs, "render_mode": render_mode}
-    around = [] if ours else [wrappers.in_symbols, wrappers.Guest]  # with Checked, not Gymnasium's own
+    around = [wrappers.in_symbols] * (not ours)             # with Checked, not Gymnasium's own
     if options:
         around.append(functools.partial(wrappers.ResetOptions, options=options))
+    if not ours:
+        around += [wrappers.masked] * getattr(args, "action_mask", False) + [wrappers.Guest]
     envs = gym.make_vec(
         env_id, num_envs, "sync", {"autoreset_mode": autoreset}, around, disable_env_checker=True, **kwargs)
     return envs

@@ -1,5 +1,4 @@
 """Wrappers around tasks: other people's at the door, reset options, smaller pictures, previous action."""
-import functools
 import re
 
 import gymnasium as gym
@@ -8,8 +7,8 @@ from gymnasium.vector.utils import batch_space, concatenate, create_empty_array
 from minigrid.core.constants import COLOR_TO_IDX, OBJECT_TO_IDX
 from minigrid.core.mission import MissionSpace
 from minigrid.envs.babyai.core.roomgrid_level import BabyAIMissionSpace
-from tqdm import tqdm
 
+from models.action_mask import ActionMask
 from models.encoder import leaves
 from models.flags import fail
 from models.images import channels_last, is_picture
@@ -60,10 +59,68 @@ def in_symbols(env):
     return Symbols(env) if theirs and "image" in space.spaces else env
 
 
-@functools.cache
-def say_that_masks_are_ignored():
-    tqdm.write("warning: the task gives an action_mask, and no script applies it: "
-               "what it forbids is tried as any other action is")
+class Masked(gym.Wrapper):
+    """A task's action mask becomes a leaf of its observation, if it gives one: models/action_mask.py.
+
+    In a Dict observation it is the part `action_mask`. Otherwise one reset tells whether infos hold a mask;
+    then the observation becomes Tuple(observation, mask).
+    """
+
+    def __init__(self, env):
+        super().__init__(env)
+        space, self.mask = env.observation_space, ActionMask(env.action_space)
+        self.shown = isinstance(space, gym.spaces.Dict) and "action_mask" in space.spaces
+        self.given = self.shown or "action_mask" in env.reset()[1]
+        if self.shown:
+            parts = [(name, self.mask if name == "action_mask" else part) for name, part in space.items()]
+            self.observation_space = gym.spaces.Dict(parts)
+        elif self.given:
+            self.observation_space = gym.spaces.Tuple([space, self.mask])
+
+    def reset(self, *, seed=None, options=None):
+        obs, info = self.env.reset(seed=seed, options=options)
+        return self.with_mask(obs, info), info
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        return self.with_mask(obs, info, terminated), reward, terminated, truncated, info
+
+    def with_mask(self, obs, info, terminated=False):
+        mask = (obs if self.shown else info).get("action_mask")
+        if (mask is None) == self.given:
+            self.refuse("at some steps and not at others")
+        if mask is None:
+            return obs
+        parts = [np.ravel(part) for part in (mask if isinstance(mask, tuple) else [mask])]
+        lengths = [len(part) for part in parts]             # of one array, or of one a branch
+        if lengths not in ([self.mask.n], self.mask.sizes):
+            self.refuse(f"of {' + '.join(map(str, lengths))} numbers for {self.action_space}")
+        mask = np.int8(np.concatenate(parts) != 0)          # its own copy
+        if terminated and not self.mask.leaves_a_choice(mask):                  # as many games: nothing will
+            mask[:] = 1                                     # be chosen there, but losses must not meet nan
+        return {**obs, "action_mask": mask} if self.shown else (obs, mask)
+
+    def refuse(self, what):
+        fail(f"--env-id {self.spec.id} gives an action_mask {what}; --no-action-mask leaves masks out")
+
+
+def masked(env):
+    """With its mask as a leaf, where it has actions that can be forbidden."""
+    space = env.action_space
+    one_dimension = isinstance(space, gym.spaces.MultiDiscrete) and len(space.shape) == 1
+    return Masked(env) if one_dimension or isinstance(space, gym.spaces.Discrete) else env
+
+
+class NoActionMask(gym.vector.VectorWrapper):
+    """--no-action-mask: a Dict's `action_mask` is left out. What a space does not name is not looked at."""
+
+    def __init__(self, envs):
+        super().__init__(envs)
+        space = envs.single_observation_space
+        if isinstance(space, gym.spaces.Dict):
+            parts = [(name, part) for name, part in space.items() if name != "action_mask"]
+            self.single_observation_space = gym.spaces.Dict(parts)
+            self.observation_space = batch_space(self.single_observation_space, self.num_envs)
 
 
 class Guest(gym.Wrapper):
@@ -75,10 +132,7 @@ class Guest(gym.Wrapper):
     """
 
     def reset(self, *, seed=None, options=None):
-        obs, info = self.env.reset(seed=seed, options=options or None)
-        if "action_mask" in info or (isinstance(obs, dict) and "action_mask" in obs):
-            say_that_masks_are_ignored()
-        return obs, {}
+        return self.env.reset(seed=seed, options=options or None)[0], {}
 
     def step(self, action):
         obs, reward, terminated, truncated, info = self.env.step(action)
@@ -89,7 +143,9 @@ class Guest(gym.Wrapper):
 
 
 class Checked(gym.vector.VectorWrapper):
-    """Names an observation or a reward that no network can take: nan, inf, integers outside their space."""
+    """Names what nobody can learn from: nan and inf in an observation or a reward, integers outside their
+    space, masks that forbid everything.
+    """
 
     def __init__(self, envs):
         super().__init__(envs)
@@ -118,6 +174,8 @@ class Checked(gym.vector.VectorWrapper):
     def check(self, obs):
         found = leaves(self.single_observation_space, obs)
         for name, space, bounds, leaf in zip(self.names, self.spaces, self.bounds, found):
+            if isinstance(space, ActionMask) and not space.leaves_a_choice(leaf).all():
+                self.refuse(~space.leaves_a_choice(leaf), leaf, "forbids every action with the action_mask")
             if bounds is None or (leaf.dtype.kind == "f" and np.isfinite(leaf.sum())):
                 continue
             inside = (leaf >= bounds[0]) & (leaf <= bounds[1])  # nan is in no bounds

@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from models.action_mask import ActionMask
 from models.images import Image, is_picture
 from models.layers import init
 from models.running_stats import RunningMeanStd
@@ -99,12 +100,17 @@ class Encoder(nn.Module):
 
     The leaves' features side by side; with size > 0 then one linear layer with ReLU.
     normalize: vectors by running statistics; whiten: numbered pictures by their principal components
+    An action mask among the leaves is no feature: mask() gives it to the heads.
     Raises ValueError for a space that it cannot encode.
     """
 
     def __init__(self, space, size=0, normalize=False, whiten=False):
         super().__init__()
-        self.leaves = nn.ModuleList(self.leaf(s, normalize, whiten) for s in leaves(space))
+        parts = leaves(space)
+        self.mask_at = next((i for i, part in enumerate(parts) if isinstance(part, ActionMask)), None)
+        self.leaves = nn.ModuleList(self.leaf(part, normalize, whiten) for part in self.seen(parts))
+        if not self.leaves:
+            raise ValueError("the task shows nothing, or nothing but an action_mask")
         if whiten and not any(isinstance(leaf, Whitened) for leaf in self.leaves):
             raise ValueError("--whiten-images finds no picture in what the task shows; leave it out")
         self.out_size = sum(leaf.out_size for leaf in self.leaves)
@@ -135,7 +141,7 @@ class Encoder(nn.Module):
     def forward(self, obs):
         if self.linear_in_tables:
             return self.through_tables(obs)
-        features = [leaf(o) for leaf, o in zip(self.leaves, obs)]
+        features = [leaf(o) for leaf, o in zip(self.leaves, self.seen(obs))]
         return self.linear(torch.cat(features, dim=-1) if len(features) > 1 else features[0])
 
     def through_tables(self, obs):
@@ -143,11 +149,19 @@ class Encoder(nn.Module):
         linear, relu = self.linear
         weights = linear.weight.split([leaf.out_size for leaf in self.leaves], dim=1)
         ys = [leaf(o, w) if isinstance(leaf, ViewTable) else F.linear(leaf(o), w)
-              for leaf, o, w in zip(self.leaves, obs, weights)]
+              for leaf, o, w in zip(self.leaves, self.seen(obs), weights)]
         return relu(sum(ys) + linear.bias)
 
     def update_stats(self, obs):
         """Add these observations to the running statistics of the vectors among them."""
-        for leaf, o in zip(self.leaves, obs):
+        for leaf, o in zip(self.leaves, self.seen(obs)):
             if isinstance(leaf, Vector):
                 leaf.update(o)
+
+    def seen(self, parts):
+        """All except the mask."""
+        return [part for i, part in enumerate(parts) if i != self.mask_at]
+
+    def mask(self, obs, first=0):                           # [T - first, ..., n] bool
+        """The allowed actions, from step `first` on; None where the task gives no mask."""
+        return None if self.mask_at is None else obs[self.mask_at][first:].bool()

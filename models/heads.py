@@ -47,8 +47,11 @@ class PolicyHead(nn.Module):
                              "MultiDiscrete or Box of one dimension")
         self.linear = init(nn.Linear(in_size, out_size), 0.01)
 
-    def forward(self, y):
+    def forward(self, y, mask=None):
+        """mask [..., n] bool: the allowed actions; the others have probability 0."""
         out = self.linear(y)
+        if mask is not None:                                # -inf would be nan in the entropy, and where
+            out = out.masked_fill(~mask, -1e8)              # nothing is allowed: behind deaths, in padding
         if isinstance(self.space, gym.spaces.Discrete):
             return Categorical(out)
         if isinstance(self.space, gym.spaces.MultiDiscrete):
@@ -71,20 +74,36 @@ class ActionValues:
 
     Actions are [..., K]: K branches, one if Discrete.
     Q(a) of several branches is the sum of theirs (value decomposition, Sunehag et al. 2018), so the
-    best action is made of each branch's best.
+    best action is made of each branch's best. With a mask both kinds of choice are among allowed actions.
     """
 
-    def __init__(self, q, sizes):                           # [..., sum(sizes)]
+    def __init__(self, q, sizes, mask=None):                # [..., sum(sizes)]
         self.branches = q.split(sizes, dim=-1)
+        self.masks = [None] * len(sizes) if mask is None else mask.split(sizes, dim=-1)
 
     def greedy(self):
-        return torch.stack([q.argmax(-1) for q in self.branches], dim=-1)
+        # PITFALL: a mask in acting only. Symptom: targets bootstrap from actions that are never taken, whose
+        #   values nothing corrects. Test: test_masks.py::test_targets_never_use_a_forbidden_action.
+        best = [q if mask is None else q.masked_fill(~mask, -torch.inf)
+                for q, mask in zip(self.branches, self.masks)]
+        return torch.stack([q.argmax(-1) for q in best], dim=-1)
 
     def epsilon_greedy(self, epsilon):
         """Uniformly random with probability epsilon, else the greedy one."""
         explore = torch.rand(self.branches[0].shape[:-1], device=self.branches[0].device) < epsilon
-        random = [torch.randint(q.shape[-1], explore.shape, device=q.device) for q in self.branches]
+        random = [self.random(q, mask) for q, mask in zip(self.branches, self.masks)]
         return torch.where(explore[..., None], torch.stack(random, dim=-1), self.greedy())
+
+    @staticmethod
+    def random(q, mask):                                    # [..., A] -> [...]
+        """Uniform over a branch's allowed actions. What is forbidden is drawn again: so a mask of ones, which
+        forbids nothing, leaves the random stream as it is."""
+        action = torch.randint(q.shape[-1], q.shape[:-1], device=q.device)
+        if mask is None or mask.gather(-1, action[..., None]).all():            # waits for the device
+            return action
+        k = (torch.rand(action.shape, device=q.device) * mask.sum(-1)).long()
+        again = (mask.cumsum(-1) > k[..., None]).long().argmax(-1)              # the k-th allowed
+        return torch.where(mask.gather(-1, action[..., None]).squeeze(-1), action, again)
 
     def of(self, action):                                   # [..., K] -> [...]
         chosen = [q.gather(-1, a[..., None]) for q, a in zip(self.branches, action.unbind(-1))]
@@ -107,8 +126,8 @@ class QHead(nn.Module):
                              "MultiDiscrete of one dimension")
         self.linear = init(nn.Linear(in_size, sum(self.sizes)), 0.01)
 
-    def forward(self, y):
-        return ActionValues(self.linear(y), self.sizes)
+    def forward(self, y, mask=None):
+        return ActionValues(self.linear(y), self.sizes, mask)
 
     def to_env(self, action):
         """Actions [N, K] as the environment takes them: numpy, from its start, [N] if Discrete."""

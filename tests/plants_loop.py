@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tests.conftest import DISCRETE_OFF_POLICY, OFF_POLICY, PPO
+from tests.conftest import DISCRETE, DISCRETE_OFF_POLICY, OFF_POLICY, PPO
 
 PLANTS = {}
 MULTIGPU = "ppo_recurrent_tbb_multigpu"
@@ -663,3 +663,105 @@ def pqns_columns_without_starts(script):
        PQN.format("test_layer_norm_bounds_the_action_values"), ("pqn_recurrent_tbb",))
 def no_layer_norm(script):
     rewrite(script, "nn.Sequential(hidden, nn.LayerNorm(args.mlp_size))", "nn.Sequential(hidden)")
+
+
+# ---------------------------------------------------------------------- action masks
+
+WITH_MASKS = *PPO, MULTIGPU, *DISCRETE
+OBEYED = "test_masks.py::test_masks_are_kept_with_their_observations_and_obeyed[{script}-two branches-ours]"
+UNUSED = "test_masks.py::test_targets_never_use_a_forbidden_action[{script}-two branches]"
+
+
+@plant("the target's best action may be a forbidden one", "PITFALL in models/heads.py", UNUSED,
+       DISCRETE_OFF_POLICY[:2])
+def forbidden_in_the_target(script):
+    rewrite(script, "target_q.of(next_q.greedy())",
+            "target_q.of(torch.stack([q.argmax(-1) for q in next_q.branches], dim=-1))")
+
+
+@plant("the target's best action may be a forbidden one", "PITFALL in models/heads.py", UNUSED,
+       ("pqn_recurrent_tbb",))
+def forbidden_in_q_lambda(script):
+    rewrite(script, "q.of(action)[0], q.of(q.greedy())[0]",
+            "q.of(action)[0], sum(x.amax(-1) for x in q.branches)[0]")
+
+
+@plant("the policy has its mask in acting only", "models/heads.py",
+       lambda script: (OBEYED if script in (*PPO, MULTIGPU) else UNUSED).replace("{script}", script),
+       (*PPO, MULTIGPU, "sac_discrete_sbb"))
+def mask_in_acting_only(script):
+    from models.heads import PolicyHead
+    wrap(PolicyHead, "forward", lambda original, self, y, mask=None: original(
+        self, y, mask if torch.is_inference_mode_enabled() else None))
+
+
+@plant("the entropy is that of all actions", "models/heads.py", UNUSED, (*PPO, MULTIGPU))
+def entropy_of_all_actions(script):
+    from models.heads import PolicyHead
+
+    def planted(original, self, y, mask=None):
+        dist = original(self, y, mask)
+        dist.entropy = original(self, y).entropy
+        return dist
+    wrap(PolicyHead, "forward", planted)
+
+
+@plant("exploration draws from all actions", "models/heads.py", OBEYED, DISCRETE_OFF_POLICY[:2])
+def epsilon_greedy_without_mask(script):
+    from models.heads import ActionValues
+    original = ActionValues.random
+    ActionValues.random = staticmethod(lambda q, mask: original(q, None))
+
+
+@plant("the allowed actions are not equally likely to be drawn", "models/heads.py",
+       "test_masks.py::test_exploration_is_uniform_over_the_allowed_actions_of_each_branch")
+def forbidden_draws_become_the_first_allowed():
+    from models import heads
+    other_torch(heads, rand=lambda shape, **kwargs: torch.zeros(shape))
+
+
+@plant("evaluation and --model have no mask", "Agent.act", OBEYED, WITH_MASKS)
+def evaluation_without_mask(script):
+    def planted(original, self, obs, state, start):
+        obs = tuple(torch.ones_like(o) if o.dtype == torch.int8 else o for o in obs)
+        return original(self, obs, state, start)
+    wrap(script.Agent, "act", planted)
+
+
+@plant("the last observation has the next episode's mask", "train", OBEYED, WITH_MASKS)
+def mask_of_the_next_episode(script):
+    def change(obs, reward, terminated, truncated, infos):
+        for n in np.flatnonzero(terminated | truncated):
+            infos["final_obs"][n] = {**infos["final_obs"][n], "action_mask": obs["action_mask"][n]}
+        return obs, reward, terminated, truncated, infos
+    change_steps(script, change)
+
+
+@plant("at an autoreset the mask is the old episode's", "envs/wrappers.py",
+       "test_masks.py::test_every_form_of_mask_becomes_the_same_leaf[one branch-info]")
+def mask_of_the_old_episode():
+    from envs.wrappers import Masked
+    last = {}
+
+    def step(original, self, action):
+        result = original(self, action)
+        last[self] = result[0][1]
+        return result
+
+    def reset(original, self, **kwargs):
+        (obs, mask), info = original(self, **kwargs)
+        return (obs, last.get(self, mask)), info
+    wrap(Masked, "step", step)
+    wrap(Masked, "reset", reset)
+
+
+@plant("masks of the prefix are put on the steps after it", "Agent.forward", OBEYED,
+       ("ppo_recurrent_tbb", MULTIGPU))
+def masks_of_the_prefix(script):
+    rewrite(script, "self.encoder.mask(obs, prefix)", "self.encoder.mask(obs)[:len(y)]")
+
+
+@plant("a forbidden action has a logit of -inf", "models/heads.py",
+       "test_masks.py::test_where_nothing_is_allowed_nothing_is_nan")
+def logits_of_minus_infinity():
+    wrap(torch.Tensor, "masked_fill", lambda original, x, where, _: original(x, where, -torch.inf))

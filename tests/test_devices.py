@@ -89,6 +89,7 @@ OPTIONS = {
     "box": (PPO, {"env_id": "CountInput-v0", "env_kwargs": {}}),
     "multi-discrete": ([*PPO, *DISCRETE], {
         "env_id": "popgym-MineSweeperEasy-v0", "env_kwargs": {}, "prev_action": True}),
+    "masks": ([*PPO, *DISCRETE], {"env_id": "Taxi-v4", "env_kwargs": {"max_episode_steps": 9}}),
     "pictures": (["ppo_recurrent_tbb", "dqn_recurrent_sbb"], {
         "env_id": "MinigridMemory-v0", "env_kwargs": {"views": False}, "total_timesteps": 640,
         "learning_starts": 608, "buffer_size": 4000}),

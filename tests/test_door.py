@@ -8,7 +8,7 @@ import torch
 
 from envs import vector
 from envs.poc_memory import PocMemoryBatch
-from envs.wrappers import say_that_masks_are_ignored, whether_success
+from envs.wrappers import whether_success
 from models import play, to_tensors
 from models.heads import to_bounds
 from tests.conftest import CONTINUOUS, DISCRETE_OFF_POLICY, PPO
@@ -309,20 +309,3 @@ def test_vectors_of_others_are_not_used_and_what_is_made_is_made_once_and_closed
     (np.array([0]), {"success": 0.0}), (None, {}), ("yes", {}), ([1, 0], {}), (np.nan, {})])
 def test_what_counts_as_success(told, found):
     assert whether_success({"success": told}) == whether_success({"is_success": told}) == found
-
-
-@pytest.mark.quick
-def test_a_mask_that_nobody_applies_is_said_once(capsys):
-    import ppo_recurrent_tbb as ppo
-
-    say_that_masks_are_ignored.cache_clear()
-    for _ in range(2):
-        vector.make_envs(ppo.Args(env_id="Taxi-v4"), 2)
-    assert "".join(capsys.readouterr()).count("action_mask") == 1
-    say_that_masks_are_ignored.cache_clear()
-    masked = gym.spaces.Dict(x=gym.spaces.Discrete(9), action_mask=gym.spaces.MultiBinary(3))
-    gym.registry.pop("Masked-v0", None)
-    gym.register("Masked-v0", type("Masked", (Stranger,), {
-        "observation_space": masked, "observe": lambda self: {"x": 1, "action_mask": np.ones(3, np.int8)}}))
-    vector.make_envs(ppo.Args(env_id="Masked-v0"), 2)
-    assert "".join(capsys.readouterr()).count("action_mask") == 1
