@@ -642,7 +642,8 @@ def values_of_the_action_taken(script):
     rewrite(script, "q.of(action)[0], q.of(q.greedy())[0]", "q.of(action)[0], q.of(action)[0]")
 
 
-@plant("rewards are not scaled", "pqn_recurrent_tbb.py, the rollout", WHAT_TARGETS_ARE, ("pqn_recurrent_tbb",))
+@plant("rewards are not scaled", "pqn_recurrent_tbb.py, the rollout", WHAT_TARGETS_ARE,
+       ("pqn_recurrent_tbb",))
 def pqns_rewards_are_not_scaled(script):
     rewrite(script, "args.reward_scale * reward", "reward")
 
