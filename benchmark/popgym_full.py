@@ -1,12 +1,12 @@
 """The table of all of POPGym, from finished runs.   python benchmark/popgym_full.py
 
-    python benchmark/run.py --suite popgym-full              trains; the same again goes on where it was stopped
-    python benchmark/popgym_full.py --out benchmark/results      then puts the runs into the table
+    python benchmark/run.py --suite popgym-full                trains; again: goes on where it was stopped
+    python benchmark/popgym_full.py --out benchmark/results    then puts the runs into the table
 
 Writes
-    popgym-full.csv           a row a run: mmer is the greatest mean return of 100 training episodes (POPGym's
-                              measure, of the policy that explores), final the last evaluation (not exploring);
-                              recipe is "best", or "1M": a million steps with this memory
+    popgym-full.csv           a row a run: mmer is the greatest mean return of 100 training episodes, as POPGym
+                              measures, of the policy that explores; final is the last evaluation, of the one
+                              that does not; recipe is "best", or "1M": a million steps with this memory
     popgym-full-curves.csv    the evaluations of the best recipes
 
 Rows that were there before stay. Everything else is made from these two files and popgym-published.csv:
@@ -98,7 +98,7 @@ def draw_tasks(table, published, out):
         if task in published:
             axis.plot(float(published[task]["best"]), y, "|", color="C3", markersize=9, markeredgewidth=2)
     axis.plot([], [], "o", color="C0", label="ours at the end, without exploring, a point a seed")
-    axis.plot([], [], "|", color="C3", markersize=9, label="published: best of 13 memories, greatest mean of a training")
+    axis.plot([], [], "|", color="C3", markersize=9, label="published: best of 13 memories, by greatest mean")
     axis.set_yticks(range(len(scores)), list(scores), fontsize=6)
     axis.set_xlabel("return", fontsize=8)
     axis.invert_yaxis()
