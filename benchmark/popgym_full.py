@@ -4,8 +4,8 @@
     python benchmark/popgym_full.py --out benchmark/results    then puts the runs into the table
 
 Writes
-    popgym-full.csv           a row a run: mmer is the greatest mean return of 100 training episodes, as POPGym
-                              measures, of the policy that explores; final is the last evaluation, of the one
+    popgym-full.csv           a row a run: mmer is the greatest mean return of 100 training episodes, POPGym's
+                              measure, of the policy that explores; final is the last evaluation, of the one
                               that does not; recipe is "best", or "1M": a million steps with this memory
     popgym-full-curves.csv    the evaluations of the best recipes
 
