@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 from tests.helpers import wait_for
 
 sys.path.insert(0, str(ROOT / "benchmark"))
-from run import cells_of, entries  # noqa: E402
+from entries import cells_of, entries  # noqa: E402
 
 SCRIPT = """
 import argparse, json, pathlib, signal, sys, time
