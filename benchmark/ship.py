@@ -32,7 +32,7 @@ SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
 MODELS = ROOT / "benchmark/models"
 HERE = {  # flags that say where it was trained, and by whom
     "runs_dir": "runs", "run_name": None, "render_mode": "auto", "device": "auto", "capture_video": False,
-    "track": False, "wandb_entity": None}
+    "track": False, "wandb_entity": None, "flags": None}
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """What a flag may be, said where it is declared:   num_envs: Count = 64
 
 Anything else is refused in one sentence, and so is more than MOST of what would hang or crash a run.
-`parse` reads the command line and the model or checkpoint that --model or --resume names.
+`parse` reads the command line and the model, checkpoint or flags that --model, --resume or --flags name.
 """
 import contextlib
 import dataclasses
@@ -15,8 +15,10 @@ import gymnasium as gym
 import torch
 from tyro.constructors import PrimitiveConstructorSpec
 
+from models.begin_with import flags_to_begin_with
 from models.command_line import command_line, fail
 from models.files import read_checkpoint, read_model
+from models.words import refuse_words_of_others
 
 EMPTY = '""'  # a path of no letters, as somebody typed it
 MOST = {  # no run can mean more
@@ -98,11 +100,15 @@ def pick_device(name):
 def parse(Args, script, argv=None):
     """Returns Args, and the saved model or checkpoint that they start from, {} if there is none.
 
-    Flags given now override the saved ones. Saved flags that this version does not know are left out.
+    Flags given now override those of files. Saved flags that this version does not know are left out.
     """
+    refuse_words_of_others(Args, argv)
     args = command_line(Args, argv)
     saved = {}
-    if args.model is not None:
+    if args.flags is not None:
+        found = flags_to_begin_with(args, script)
+        args = command_line(Args, argv, default=args_of(Args, found, f"--flags {args.flags}"))
+    elif args.model is not None:
         saved = load("--model", args.model, read_model, script)
     elif args.resume is not None:
         saved = load("--resume", args.resume, read_checkpoint, script)
