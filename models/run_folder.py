@@ -28,7 +28,8 @@ from tqdm import tqdm
 
 from models.command_line import RUNNING
 from models.files import lock, refused_if_the_disk_does, rows_until, write
-from models.flags import LAYOUT, fail, pick_device, refused_in_one_sentence
+from models.flags import fail, pick_device, refused_in_one_sentence
+from models.loading import LAYOUT
 from models.tracking import begin_tracking
 from models.views import Whitened
 

@@ -198,7 +198,7 @@ def test_another_search_of_the_same_name_and_a_second_process_are_refused(start,
     first = start("--trials", "1")
     wait_for(tmp_path / "runs/small/started", 600)
     second = start("--trials", "1")
-    assert "another process" in second.communicate()[1] and second.returncode == 2
+    assert "another process" in second.communicate(timeout=600)[1] and second.returncode == 2
     hold.unlink()
     first.communicate()
     other = start("--trials", "1", search=("rate:0:9.0",))
