@@ -91,6 +91,7 @@ class Args:
     wandb_project_name: str = "recurrent-rl-baselines"  # its project
     wandb_entity: str | None = None  # its team or user; default: yours
     capture_video: bool = False  # with every checkpoint a GIF of an episode, in videos/
+    flags: str | None = None  # begin with those of a run, a model, an args.json or benchmark:<entry>
     resume: str | None = None  # continue the run in this folder
     model: str | None = None  # do not train: play this model.safetensors
     episodes: Count = 10  # episodes to play with --model

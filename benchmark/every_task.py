@@ -42,7 +42,8 @@ from envs.memory_gym import TASKS as MEMORY_GYM  # noqa: E402
 from envs.vector import has_batch, import_module_of  # noqa: E402
 from models.command_line import command_line  # noqa: E402
 from models.files import write  # noqa: E402
-from models.flags import EMPTY, fail  # noqa: E402
+from models.flags import fail  # noqa: E402
+from models.loading import EMPTY  # noqa: E402
 from models.views import Views  # noqa: E402
 
 POPGYM = """

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from run import ROOT, command_line, entries, fail
+from entries import ROOT, entries
+from run import command_line, fail
 
 sys.path.insert(0, str(ROOT))
 
@@ -379,6 +380,18 @@ def known_bugs():
     return "\n".join(out)
 
 
+def words():
+    """What flags of other programs are here."""
+    from models.words import OURS  # brings torch
+
+    cells = []
+    for theirs, ours in OURS.items():
+        names = [f"`-{name}`" if len(name) == 1 else f"`--{name}`" for name in theirs.split()]
+        ours = re.sub(r"--[a-z-]+[a-z](?: [\d.e-]+)*", r"`\g<0>`", "; or ".join(ours))
+        cells.append([", ".join(names), ours])
+    return markdown(["theirs", "here"], cells)
+
+
 def escaped(text):
     return text.replace("|", r"\|")
 
@@ -396,7 +409,8 @@ TABLES = {                                                  # {name: (file, func
     "minigrid-s17-random": (RESULTS / "minigrid-s17-random.csv", sizes_table),
     "every-task": (RESULTS / "every-task.csv", every_task_table),
 }
-WRITTEN = {"works": works, "beside": beside, "known-bugs": known_bugs}        # made of more than one file
+WRITTEN = {  # made of more than one file, or of code
+    "works": works, "beside": beside, "known-bugs": known_bugs, "words": words}
 
 
 def part(name):

@@ -27,17 +27,12 @@ from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
-from run import TASKS, command_line, entries, fail
+from entries import MEASURES, TASKS, entries
+from run import command_line, fail
 
 plt.switch_backend("Agg")
 matplotlib.rcParams |= {
     "svg.hashsalt": "", "legend.frameon": False, "legend.fontsize": 7, "axes.titlesize": 9}
-
-# what an entry's `measure` says: the column of progress.csv, and what to write at the axis
-MEASURES = {"return": ("charts/episodic_return", "return, mean of 100 episodes"),
-            "success": ("charts/success", "success, mean of 100 episodes"),
-            "eval": ("eval/episodic_return", "return of the greedy policy"),
-            "eval-success": ("eval/success", "success of the greedy policy")}
 
 
 @dataclass

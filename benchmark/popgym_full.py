@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from entries import ROOT, entries, fail
 from plot import aggregate, draw_aggregate, draw_curves, read_csv, save, write_csv
-from run import ROOT, command_line, entries, fail
+from run import command_line
 
 SUITE = "popgym-full"
 PUBLISHED = ROOT / "benchmark/results/popgym-published.csv"

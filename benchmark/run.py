@@ -29,7 +29,6 @@ import sys
 import tarfile
 import tempfile
 import time
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -40,8 +39,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "models"))                       # as models.command_line it would import torch
 
 from command_line import command_line, fail  # noqa: E402
+from entries import TASKS, entries  # noqa: E402
 
-TASKS = ROOT / "benchmark/tasks"
 SHOWN = {  # beside a run's bar
     "SPS": "charts/SPS", "return": "charts/episodic_return", "success": "charts/success",
     "eval": "eval/episodic_return"}
@@ -62,51 +61,6 @@ class Args:
     ray_address: str | None = None  # of the cluster; default: $RAY_ADDRESS, or else a Ray on this machine
     cpus_per_run: float = 1  # what Ray reserves for each
     gpus_per_run: float = 0
-
-
-def entries(path=TASKS):
-    """The entries of a folder's .toml files, or of one file, by name."""
-    path, out = Path(path), {}
-    for file in [path] if path.is_file() else sorted(path.glob("*.toml")):
-        try:
-            for name, entry in tomllib.loads(file.read_text()).items():
-                out |= cells_of(name, {**entry, "suite": file.stem, "group": name})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-            why = f"{type(e).__name__} {' '.join(str(e).split())}"
-            fail(f"--tasks {file} cannot be read ({why}): an entry is a table with a command, seeds and "
-                 "perhaps a grid, as in benchmark/tasks")
-    if not out:
-        fail(f"--tasks {path} holds no entries: neither a .toml file nor a folder of some")
-    return out
-
-
-def cells_of(name, entry):
-    """An entry for each combination of its grid's values, whose names join its own; itself without a grid.
-
-    A value is the text for the {placeholder} of its axis in the command. A value that is a table has texts
-    for several placeholders; the one of its axis gets the value's name. Its `seeds`, if it has some, stand in
-    place of the entry's.
-    """
-    grid, out = entry.get("grid", {}), {}
-    for cell in itertools.product(*(values.items() for values in grid.values())):
-        texts = {}
-        for axis, (value_name, value) in zip(grid, cell):
-            texts |= {axis: value_name, **value} if isinstance(value, dict) else {axis: value}
-        names = [value_name for value_name, _ in cell]
-        seeds = texts.pop("seeds", entry.get("seeds", ()))
-        if not all(type(seed) is int for seed in seeds):
-            raise ValueError(f"{name}: seeds are whole numbers")
-        command = fill(entry["command"], texts)
-        out["__".join([name, *names])] = {**entry, "command": command, "seeds": seeds, "cell": names}
-    return out
-
-
-def fill(command, texts):
-    """Puts the texts into the command's {placeholders}, and into those of other texts. Returns one line."""
-    for _ in range(2):
-        for name, text in texts.items():
-            command = command.replace(f"{{{name}}}", text)
-    return shlex.join(shlex.split(command))
 
 
 class LocalRun:
@@ -244,7 +198,7 @@ class Queue:
         self.elsewhere = set()                              # folders in which another process trains
         self.waiting = collections.deque(job for job in jobs if self.is_wanted(job[1], args.retry))
         self.slots = set(range(1, args.workers + 1))        # lines of the terminal that are free
-        self.width = max(len(folder.name) for _, folder in jobs)
+        self.width = max((len(folder.name) for _, folder in jobs), default=0)
 
     def is_wanted(self, folder, retry):
         """Whether this run is still to be made; says so if it failed before."""
@@ -391,14 +345,8 @@ def check(args):
         fail(f"--runs-dir {args.runs_dir} is not a folder and cannot become one: choose another")
 
 
-def main(argv=None):
-    sys.stdout.reconfigure(line_buffering=True)             # also into a pipe
-    args = command_line(Args, argv)
-    check(args)
-    jobs = jobs_of(chosen_entries(args), args)
-    if args.dry_run:
-        return print("\n".join(shlex.join(argv) for argv, _ in jobs))
-    queue = Queue(jobs, args)
+def work(queue, args):
+    """Until all is done. Exit code 130 after Ctrl-C."""
     for kill in (signal.SIGTERM, signal.SIGINT):    # both are Ctrl-C, which shells let background jobs ignore
         signal.signal(kill, signal.default_int_handler)
     if args.executor == "ray" and queue.waiting:            # its processes inherit these signals
@@ -407,6 +355,17 @@ def main(argv=None):
         queue.work()
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def main(argv=None):
+    sys.stdout.reconfigure(line_buffering=True)             # also into a pipe
+    args = command_line(Args, argv)
+    check(args)
+    jobs = jobs_of(chosen_entries(args), args)
+    if args.dry_run:
+        return print("\n".join(shlex.join(argv) for argv, _ in jobs))
+    queue = Queue(jobs, args)
+    work(queue, args)
     print(", ".join(f"{n} {what}" for what, n in queue.count.items()))
     sys.exit(1 if queue.count["failed"] else 0)
 

@@ -23,7 +23,8 @@ sys.path.insert(0, str(ROOT))
 from envs.vector import make_envs  # noqa: E402
 from models.command_line import command_line  # noqa: E402
 from models.files import write  # noqa: E402
-from models.flags import fail, load, parse, read_model  # noqa: E402
+from models.flags import fail, parse, read_model  # noqa: E402
+from models.loading import load  # noqa: E402
 from models.play import play  # noqa: E402
 from models.run_folder import make_agent  # noqa: E402
 
@@ -32,7 +33,7 @@ SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
 MODELS = ROOT / "benchmark/models"
 HERE = {  # flags that say where it was trained, and by whom
     "runs_dir": "runs", "run_name": None, "render_mode": "auto", "device": "auto", "capture_video": False,
-    "track": False, "wandb_entity": None}
+    "track": False, "wandb_entity": None, "flags": None}
 
 
 @dataclass

@@ -39,7 +39,8 @@ sys.path.insert(0, str(ROOT))
 
 from models import MEMORIES  # noqa: E402
 from models.command_line import command_line  # noqa: E402
-from models.flags import EMPTY, fail, pick_device  # noqa: E402
+from models.flags import fail, pick_device  # noqa: E402
+from models.loading import EMPTY  # noqa: E402
 
 # name: env id, env kwargs, N, T, minibatches, LSTM size, hidden layer, encoder size (images), updates to time
 TASKS = {

@@ -1,7 +1,7 @@
 """What a flag may be, said where it is declared:   num_envs: Count = 64
 
 Anything else is refused in one sentence, and so is more than MOST of what would hang or crash a run.
-`parse` reads the command line and the model or checkpoint that --model or --resume names.
+`parse` reads the command line and the model, checkpoint or flags that --model, --resume or --flags name.
 """
 import contextlib
 import dataclasses
@@ -15,20 +15,16 @@ import gymnasium as gym
 import torch
 from tyro.constructors import PrimitiveConstructorSpec
 
+from models.begin_with import flags_to_begin_with
 from models.command_line import command_line, fail
 from models.files import read_checkpoint, read_model
+from models.loading import load
+from models.words import refuse_words_of_others
 
-EMPTY = '""'  # a path of no letters, as somebody typed it
 MOST = {  # no run can mean more
     "num_threads": 1024, "num_layers": 1024, "n_step": 1024, "replay_ratio": 1000, "update_epochs": 10_000,
     **dict.fromkeys(("hidden_size", "mlp_size", "encoder_size", "num_envs", "num_steps"), 2**16),
     **dict.fromkeys(("batch_size", "tape_len", "seq_len"), 2**22)}
-LAYOUT = "2"  # of model and checkpoint files; raised when what they hold changes
-HELD = {  # by checkpoints
-    **dict.fromkeys(("global_step", "gradient_steps"), int),
-    "seconds": (int, float), "stats": (list, tuple),
-    **dict.fromkeys(("optimizer", "target", "replay", "envs"), dict), "optimizers": list,
-    **dict.fromkeys(("carried", "rng"), tuple)}
 
 
 def number(kind, low, high):
@@ -98,11 +94,15 @@ def pick_device(name):
 def parse(Args, script, argv=None):
     """Returns Args, and the saved model or checkpoint that they start from, {} if there is none.
 
-    Flags given now override the saved ones. Saved flags that this version does not know are left out.
+    Flags given now override those of files. Saved flags that this version does not know are left out.
     """
+    refuse_words_of_others(Args, argv)
     args = command_line(Args, argv)
     saved = {}
-    if args.model is not None:
+    if args.flags is not None:
+        found = flags_to_begin_with(args, script)
+        args = command_line(Args, argv, default=args_of(Args, found, f"--flags {args.flags}"))
+    elif args.model is not None:
         saved = load("--model", args.model, read_model, script)
     elif args.resume is not None:
         saved = load("--resume", args.resume, read_checkpoint, script)
@@ -156,50 +156,3 @@ def is_a(value, hint):
     if hint is float:
         return type(value) in (int, float)
     return type(value) is hint
-
-
-def load(flag, path, read, script):
-    """What `read` finds at `path`, if it was made by this script."""
-    try:
-        file = Path(path) / "checkpoint.pt" if flag == "--resume" else Path(path)
-        if not path:
-            raise FileNotFoundError
-        if file.exists() and not file.is_file():            # to open a pipe would wait for ever
-            fail(f"{flag} {path} is not a file; give the model.safetensors in a run folder")
-        saved = read(path)
-        made_by = saved["script"]
-        dict(json.loads(saved["args"]))
-    except FileNotFoundError:
-        fail(f"{flag} {path or EMPTY} does not exist; "
-             "training ends by printing what to play and what to resume")
-    except Exception as e:                                  # damaged files raise all kinds
-        fail(f"{flag} {path} cannot be read ({type(e).__name__}): it is damaged or another program's")
-    if made_by != script:
-        fail(f"{flag} {path} was trained by {made_by}: use python {made_by}.py")
-    if flag == "--resume" and saved.get("layout") != LAYOUT:
-        fail(f"{flag} {path} was made by an older version of {script}.py and cannot be "
-             "continued by this one: train again, or continue it with that version")
-    for key in HELD.keys() & saved.keys() if flag == "--resume" else ():
-        if not isinstance(saved[key], HELD[key]):
-            fail(f"{flag} {path} holds a {key} of another type: it is damaged or another program's")
-    refuse_broken_weights(f"{flag} {path}", saved.get("agent"))
-    return Saved(saved, f"{flag} {path}")
-
-
-class Saved(dict):
-    """What a file holds; what it lacks is named."""
-
-    def __init__(self, found, path):
-        super().__init__(found)
-        self.path = path
-
-    def __missing__(self, key):
-        fail(f"{self.path} holds no {key}: it is damaged or another program's")
-
-
-def refuse_broken_weights(what, weights):
-    if not weights or not isinstance(weights, dict):
-        fail(f"{what} holds no weights: it is damaged; choose another file")
-    for name, weight in weights.items():
-        if not isinstance(weight, torch.Tensor) or weight.isnan().any():
-            fail(f"{what} holds weights that are not numbers ({name}): it is damaged; choose another file")

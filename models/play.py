@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from models.command_line import RUNNING
 from models.encoder import to_tensors
 from models.run_folder import write
 
@@ -86,11 +87,13 @@ def summary(results):
 
 
 def film(agent, envs, path, seed):
-    """A GIF of one episode."""
+    """A GIF of one episode, for Weights & Biases also."""
     frames = []
     play(agent, envs, 1, seed, lambda: frames.append(envs.render()[0]))
     path.parent.mkdir(exist_ok=True)
     write_gif(path, frames, envs)
+    for run in RUNNING:
+        run.send_film(path)
 
 
 def write_gif(path, frames, envs):

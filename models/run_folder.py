@@ -23,17 +23,22 @@ import gymnasium as gym
 import safetensors.torch
 import torch
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from models.command_line import RUNNING
 from models.files import lock, refused_if_the_disk_does, rows_until, write
-from models.flags import LAYOUT, fail, pick_device, refused_in_one_sentence
+from models.flags import fail, pick_device, refused_in_one_sentence
+from models.loading import LAYOUT
+from models.tracking import begin_tracking
 from models.views import Whitened
 
 LAPS = "policy", "env", "batch", "update", "log"  # what the time of a run is spent on
 NETWORK = (  # flags that its sizes depend on
     "env_id", "env_kwargs", "shrink_images", "memory", "hidden_size", "num_layers", "memory_kwargs",
     "encoder_size", "whiten_images", "mlp_size", "prev_action", "prev_reward", "norm_obs", "shared_encoder")
+COMPARED = (  # between runs, in TensorBoard
+    "eval/episodic_return", "eval/success", "charts/episodic_return", "charts/success")
 SHOWN = {"SPS": "charts/SPS", "return": "charts/episodic_return", "success": "charts/success"}
 
 
@@ -44,7 +49,8 @@ class Run:
         default = f"{args.env_id}__{script}__{args.seed}__{int(1000 * time.time())}"
         name = args.run_name or re.sub("[/:]", "-", default)
         self.script, self.folder = script, Path(args.resume or Path(args.runs_dir) / name)
-        self.args = json.dumps({**dataclasses.asdict(args), "resume": None}, indent=2)
+        flags = {"script": script, **dataclasses.asdict(args), "resume": None}
+        self.args = json.dumps(flags, indent=2)
         self.last_step, self.seconds = (saved["global_step"], saved["seconds"]) if saved else (0, 0.0)
         try:
             self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
@@ -54,8 +60,7 @@ class Run:
                  f"choose another or --resume {self.folder}")
         self.lock = lock(self.folder)
         self.keeps_folder = bool(args.resume)               # from the first gradient step on
-        if args.track:
-            self.track(args)
+        self.wandb = begin_tracking(args, self.folder) if args.track else None
         self.log_short_runs(args)
         write(self.folder / "args.json", lambda path: path.write_text(self.args))
         self.progress = self.folder / "progress.csv"
@@ -64,6 +69,7 @@ class Run:
             write(self.progress, lambda path: path.write_text(kept))
         self.writer = SummaryWriter(self.folder, purge_step=self.last_step + 1)
         self.writer.add_text("args", f"```\n{self.args}\n```")
+        self.end_of_flags = self.log_flags(args)
         self.bar = tqdm(
             total=args.total_timesteps, initial=self.last_step, unit="step", dynamic_ncols=True)
         self.clock, self.spent = time.perf_counter(), dict.fromkeys(LAPS, 0.0)
@@ -80,20 +86,22 @@ class Run:
             steps = max(1, args.train_every // args.num_envs) * args.num_envs
             args.log_every = min(args.log_every, args.total_timesteps // steps * steps)
 
-    def track(self, args):
-        """Weights & Biases copies what TensorBoard gets; a resumed run continues as the same one."""
-        try:
-            import wandb
+    def log_flags(self, args):
+        """TensorBoard's tab HPARAMS: the flags of all runs beside the newest values of these metrics.
 
-            wandb.init(
-                project=args.wandb_project_name, entity=args.wandb_entity, id=self.folder.name,
-                dir=self.folder.parent, resume="allow" if args.resume else "never", save_code=True,
-                config=dataclasses.asdict(args), sync_tensorboard=True)
-        except Exception as e:                          # not installed, not logged in, no network
-            if not args.resume:
-                self.folder.rmdir()
-            fail(f"--track: {' '.join(str(e).split())}; pip install wandb, wandb login or "
-                 "WANDB_MODE=offline may help")
+        In this run's own events, where add_hparams would begin a second run. Returns the mark of the end.
+        """
+        flags = {name: value if isinstance(value, (int, float, str)) else json.dumps(value)
+                 for name, value in dataclasses.asdict(args).items()}
+        *begin, end = hparams(flags, dict.fromkeys(COMPARED))
+        for summary in begin:
+            self.writer.file_writer.add_summary(summary)
+        return end
+
+    def send_film(self, path):
+        if self.wandb:
+            video = self.wandb.Video(str(path), format="gif")
+            self.wandb.log({"videos/episode": video, "global_step": int(path.stem)})
 
     def on_signal(self, number, _):
         self.interrupted = True
@@ -185,6 +193,7 @@ class Run:
         self.restore_handlers()
         os.close(self.lock)
         self.bar.close()
+        self.writer.file_writer.add_summary(self.end_of_flags)
         self.writer.close()
 
     def abandon(self):

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import torch
 from torch.utils import _pytree as pytree
 
-from models.flags import load, read_checkpoint, read_model, refuse_what_is_out_of_range
+from models.flags import read_checkpoint, read_model, refuse_what_is_out_of_range
+from models.loading import load
 
 SMALL = dict(
     env_id="PocMemory-v0", env_kwargs={"max_steps": 11}, num_envs=4, total_timesteps=4 * 32 * 3,

@@ -766,3 +766,24 @@ def masks_of_the_prefix(script):
        "test_masks.py::test_where_nothing_is_allowed_nothing_is_nan")
 def logits_of_minus_infinity():
     wrap(torch.Tensor, "masked_fill", lambda original, x, where, _: original(x, where, -torch.inf))
+
+
+# ---------------------------------------------------------------------- flags that a file holds
+
+@plant("--flags takes over where the other run was, and what it sent to others", "models/begin_with.py",
+       "test_coming_from.py::test_flags_of_a_run_an_args_json_and_a_model_file[ppo_recurrent_tbb]")
+def flags_of_one_run_are_taken_over():
+    importlib.import_module("models.begin_with").NOT_TAKEN_OVER = set()
+
+
+@plant("--flags wins over the flags that are given", "models/flags.py, parse",
+       "test_coming_from.py::test_flags_of_a_run_an_args_json_and_a_model_file[ppo_recurrent_tbb]")
+def flags_of_a_file_win():
+    wrap(importlib.import_module("models.flags"), "command_line",
+         lambda original, Args, argv, default=None: default or original(Args, argv))
+
+
+@plant("--flags takes the flags of another script", "models/begin_with.py",
+       "test_coming_from.py::test_flags_of_others_are_refused_and_name_the_script[ppo_recurrent_tbb]")
+def flags_of_another_script():
+    importlib.import_module("models.begin_with").refuse_flags_of_another = lambda *args: None

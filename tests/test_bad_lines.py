@@ -15,7 +15,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from models.flags import HELD, MOST, Json, Schedule, read_checkpoint, read_model
+from models.flags import MOST, Json, Schedule, read_checkpoint, read_model
+from models.loading import HELD
 from tests.conftest import CONTINUOUS, ROOT, SCRIPTS
 from tests.helpers import run
 

@@ -16,11 +16,12 @@ import tyro
 import envs  # noqa: F401  (registers the tasks)
 from models import MEMORIES
 from models.flags import parse
+from models.words import THEIRS
 from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 import plot  # noqa: E402
-from run import entries  # noqa: E402
+from entries import entries  # noqa: E402
 
 pytestmark = pytest.mark.quick
 
@@ -42,7 +43,7 @@ ENTRIES = entries()
 NOTE = re.compile(r"^ *# (KNOWN BUG|PITFALL|DEVIATION)\b((?:.*\n)(?: *#  .*\n)*)", re.MULTILINE)
 OTHER_PROGRAMS_FLAGS = {
     "--help", "--no-deps", "--torch-backend", "--logdir", "--standalone", "--nproc_per_node",
-    "--shutdown-timeout", "--anneal-lr", "--no-cuda", "--train-frequency"}
+    "--shutdown-timeout", *(f"--{word}" for word in THEIRS)}
 
 
 def lines(path):
@@ -97,7 +98,7 @@ def check(script, argv):
     module = WITH_FLAGS[script]
     args = tyro.cli(module.Args, args=argv)
     if script in SCRIPTS:
-        of_a_run = (args.model or args.resume or "").startswith("runs/")
+        of_a_run = (args.model or args.resume or args.flags or "").startswith("runs/")
         if not of_a_run:                                    # which is not there
             args, _ = parse(module.Args, Path(script).stem, argv)
         module.check(args)

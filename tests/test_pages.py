@@ -10,7 +10,7 @@ from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 import pages  # noqa: E402
-from run import entries  # noqa: E402
+from entries import entries  # noqa: E402
 
 from tests.plant import can_be_planted, plants  # noqa: E402
 

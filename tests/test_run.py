@@ -4,6 +4,7 @@ On a stand-in for the scripts, which starts at once; test_readme.py and the gate
 """
 import collections
 import csv
+import os
 import re
 import shlex
 import signal
@@ -17,7 +18,7 @@ from tests.conftest import ROOT
 from tests.helpers import wait_for
 
 sys.path.insert(0, str(ROOT / "benchmark"))
-from run import cells_of, entries  # noqa: E402
+from entries import cells_of, entries  # noqa: E402
 
 SCRIPT = """
 import argparse, json, pathlib, signal, sys, time
@@ -243,6 +244,29 @@ def test_ray_gives_the_same_files_and_brings_back_what_is_interrupted(start, tmp
     assert not processes_of("fake.py")
 
 
-def processes_of(name):
-    command = ["pgrep", "-f", f"python[^ ]* [^ ]*{name} --steps 10000"]
+def test_a_lost_machine_of_a_ray_cluster_loses_no_run_and_makes_none_twice(start, tmp_path):
+    """Two machines with room for a run each; the second goes in the middle of both, as without power."""
+    cluster = pytest.importorskip("ray.cluster_utils", reason="pip install ray").Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        second = cluster.add_node(num_cpus=1)
+        runner = start("--suite", "small", "--executor", "ray", "--ray-address", cluster.address, steps=600)
+        wait_for(lambda: len(processes_of(f"{tmp_path}/fake.py", 600)) == 2, 300)
+        cluster.remove_node(second, allow_graceful=False)
+        out, error = runner.communicate()
+        assert runner.returncode == 0, out + error
+        assert "2 finished" in out
+    finally:
+        cluster.shutdown()
+        for process in processes_of(f"{tmp_path}/fake.py", 600):     # of the lost machine
+            os.kill(int(process), signal.SIGKILL)
+    for seed in (1, 2):
+        folder = tmp_path / f"runs/quick__{seed}"
+        assert (folder / "finished").exists()
+        assert [row[0] for row in rows_of(folder)] == ["global_step", *map(str, range(1, 601))]
+        assert (tmp_path / f"runs/quick__{seed}.log").read_text() == "done at step 600\n"
+
+
+def processes_of(name, steps=10_000):
+    command = ["pgrep", "-f", f"python[^ ]* [^ ]*{name} --steps {steps} "]
     return subprocess.run(command, capture_output=True).stdout.split()

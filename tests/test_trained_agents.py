@@ -14,7 +14,7 @@ from tests.helpers import run
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 import ship  # noqa: E402
-from run import entries  # noqa: E402
+from entries import entries  # noqa: E402
 
 ROWS = list(csv.DictReader((ship.MODELS / "models.csv").open()))
 
