@@ -23,6 +23,13 @@ SMALL_CONTINUOUS = dict(
     q_lr=(1e-2,), policy_learning_starts=64)
 
 
+class AsItIs(torch.nn.Identity):
+    """In an encoder's place: vectors are features, and there is no action mask."""
+
+    def mask(self, obs, first=0):
+        return None
+
+
 def small(script, **changes):
     """Flags of a run of 384 steps, a row of progress.csv every 128; episodes end inside rollouts, segments.
 

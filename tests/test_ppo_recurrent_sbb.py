@@ -3,11 +3,10 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-import torch.nn as nn
 
 import ppo_recurrent_sbb as ppo
 from models import MEMORIES
-from tests.helpers import assert_caught, column, copies, run, small, weights_of
+from tests.helpers import AsItIs, assert_caught, column, copies, run, small, weights_of
 
 # ---------------------------------------------------------------------- pure functions
 
@@ -101,7 +100,7 @@ def agent_and_batch(memory="lstm", **changes):
     torch.manual_seed(0)
     args = ppo.Args(**{**small(ppo), "memory": memory, **changes})
     agent = ppo.Agent(gym.spaces.Box(-1, 1, (3,), np.float32), gym.spaces.Discrete(2), args).double()
-    agent.encoder = nn.Identity()
+    agent.encoder = AsItIs()
     T, N = 20, 3
     obs, starts = torch.randn(T, N, 3, dtype=torch.float64), torch.rand(T, N) < 0.2
     when, col, mask = ppo.cut_segments(starts, 6)

@@ -9,7 +9,7 @@ import torch
 import ppo_recurrent_tbb as ppo
 from models import MEMORIES
 from models.flags import read_checkpoint
-from tests.helpers import assert_caught, column, comparable, copies, run, small, weights_of
+from tests.helpers import AsItIs, assert_caught, column, comparable, copies, run, small, weights_of
 
 SLOW_EPISODES = {"max_steps": 70}  # rollouts of 32 steps: episodes go over two or three of them
 CHANGES = [
@@ -71,7 +71,7 @@ def agent_and_tape(memory, layers=1):
     torch.manual_seed(0)
     args = ppo.Args(**{**small(ppo), "memory": memory, "num_layers": layers})
     agent = ppo.Agent(gym.spaces.Box(-1, 1, (3,), np.float32), gym.spaces.Discrete(2), args).double()
-    agent.encoder = torch.nn.Identity()
+    agent.encoder = AsItIs()
     x, start = torch.randn(20, 3, 3, dtype=torch.float64), torch.zeros(20, 3, dtype=torch.bool)
     start[[0, 8, 15]] = True
     return agent, x, start, tuple(torch.randn_like(s) for s in agent.memory.initial_state(3))

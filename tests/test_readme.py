@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import tyro
 
+from models.flags import parse
 from tests.conftest import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -101,7 +101,7 @@ def test_the_commands_of_a_page_run_one_after_the_other(page, tmp_path, monkeypa
     for script, argv in training_commands(TEXTS[page]):
         if "MortarMayhem-Grid-v0" in argv and importlib.util.find_spec("memory_gym") is None:
             continue
-        args = tyro.cli(script.Args, args=argv)
+        args, _ = parse(script.Args, script.SCRIPT, argv)
         if args.model:
             script.main([*argv, "--episodes", "1"])
             assert args.render_mode != "rgb_array" or Path(args.model).with_suffix(".gif").exists()
