@@ -41,7 +41,7 @@ WORKS = (
     ("mystery-path-grid", "Mystery Path", None),
     ("repeat-previous-medium-pqn", "RepeatPrevious, 31 steps back", None),
     ("visual-match-60-dqn", "Visual Match, 60 steps", None),
-    ("key-to-door-60-dqn", "Key-to-Door, 60 steps", None),
+    ("key-to-door-250", "Key-to-Door, 250 steps", None),
     ("tmaze-length__250__dqn__mingru", "T-Maze, 250 steps", 1.0),
     ("tmaze-length__1500__dqn__mingru", "T-Maze, 1,500 steps", 1.0),
     ("count-input-gru-sac", "CountInput, the last 10 bits", None),
@@ -59,6 +59,15 @@ BESIDE = (
      "success 1.0: GRU at 98M steps, TransformerXL at 41M (read off figures)"),
     ("count-input-gru-sac", "CountInput, SAC", "99.5 %: 126 s, in C++, a GRU"),
     ("count-input-gru-td3", "CountInput, TD3", "99.9 %: 84 s, in C++, a GRU"),
+)
+# task, its entries for PQN, PPO and DQN, and the level of those that have none of their own
+SIDE_BY_SIDE = (
+    ("RepeatPreviousEasy", "repeat-previous-pqn", "default", "smoke-dqn-tbb", None),
+    ("RepeatPreviousMedium", "repeat-previous-medium-pqn", "repeat-previous-medium", None, None),
+    ("RepeatPreviousHard", "repeat-previous-hard-pqn", "repeat-previous-hard", None, None),
+    ("CountRecallEasy", "count-recall-pqn", "count-recall", None, None),
+    ("MinigridMemory by sight", "minigrid-rgb-pqn", "minigrid-rgb", None, None),
+    ("T-Maze 50", "tmaze-50-pqn", None, "tmaze-length__50__dqn__mingru", 1.0),
 )
 MEASURED = {
     "return": "return", "success": "success", "eval": "greedy return", "eval-success": "greedy success"}
@@ -294,7 +303,7 @@ def works():
     for name, task, level in WORKS:
         entry = known[name]
         level = entry.get("level", level)
-        steps = first_steps(name, entry, level)
+        steps = [reached and reached[0] for reached in first_reached(name, entry, level)]
         solved = [n for n in steps if n is not None]
         script, memory = script_and_memory(entry["command"])
         cells.append([
@@ -318,18 +327,40 @@ def beside():
     return markdown(header, cells)
 
 
-def first_steps(name, entry, level):
-    """For every seed the steps at which it reached the level first; None if it did not."""
+def side_by_side():
+    """The lines of SIDE_BY_SIDE: environment steps and seconds to the level, and how many seeds reach it."""
+    known, cells = entries(), []
+    for task, *names, level in SIDE_BY_SIDE:
+        levels = [known[name].get("level", level) for name in names if name]
+        cells.append([f"{task}, {levels[0]:g}", *(reached_cell(name, known, level) for name in names)])
+    return markdown(["task, solved at", "PQN", "PPO", "DQN"], cells)
+
+
+def reached_cell(name, known, level):
+    if name is None:
+        return "-"
+    runs = first_reached(name, known[name], known[name].get("level", level))
+    solved = [run for run in runs if run]
+    of_seeds = f"{len(solved)} of {len(runs)}"
+    if not solved:
+        return of_seeds
+    steps, seconds = zip(*solved)
+    return f"{from_to(steps, ',')} steps, {from_to(seconds, ',.0f')} s ({of_seeds})"
+
+
+def first_reached(name, entry, level):
+    """For every seed the steps and seconds at which it reached the level first; None if it did not."""
     if not entry["cell"]:
-        rows = [row for row in rows_of(RESULTS / "table.csv") if row["entry"] == name]
-        return [int(row["steps_to_level"]) if row["steps_to_level"] else None for row in rows]
-    cell, steps = dict(zip(entry["grid"], entry["cell"])), {}
+        ends = [(row["steps_to_level"], row["seconds_to_level"])
+                for row in rows_of(RESULTS / "table.csv") if row["entry"] == name]
+        return [(int(steps), float(seconds)) if steps else None for steps, seconds in ends]
+    cell, reached = dict(zip(entry["grid"], entry["cell"])), {}
     for row in rows_of(RESULTS / f"{entry['group']}.csv"):
         if cell.items() <= row.items():
-            steps.setdefault(row["seed"], None)
-            if steps[row["seed"]] is None and float(row["value"]) >= level:
-                steps[row["seed"]] = int(row["global_step"])
-    return list(steps.values())
+            reached.setdefault(row["seed"], None)
+            if reached[row["seed"]] is None and float(row["value"]) >= level:
+                reached[row["seed"]] = int(row["global_step"]), float(row["seconds"])
+    return list(reached.values())
 
 
 def script_and_memory(command):
@@ -410,7 +441,7 @@ TABLES = {                                                  # {name: (file, func
     "every-task": (RESULTS / "every-task.csv", every_task_table),
 }
 WRITTEN = {  # made of more than one file, or of code
-    "works": works, "beside": beside, "known-bugs": known_bugs, "words": words}
+    "works": works, "beside": beside, "side-by-side": side_by_side, "known-bugs": known_bugs, "words": words}
 
 
 def part(name):

@@ -82,7 +82,7 @@ class Curve:
     steps: np.ndarray  # [K]
     seconds: np.ndarray  # [K]
     values: np.ndarray  # [K]
-    logratios: list  # [K] debug/first_logratio, nan where there is none
+    differences: list  # [K] between acting and training, nan where it is not measured
 
     @classmethod
     def of(cls, run, measure):
@@ -95,8 +95,10 @@ class Curve:
         tag = MEASURES[measure][0]
         rows = [row for row in rows if row.get(tag)]
         columns = (np.array([float(row[name]) for row in rows]) for name in ("global_step", "seconds", tag))
-        logratios = [float(row.get("debug/first_logratio") or "nan") for row in rows]
-        return cls(measure, *columns, logratios)
+        differences = [
+            float(row.get("debug/first_logratio") or row.get("debug/first_q_difference") or "nan")
+            for row in rows]
+        return cls(measure, *columns, differences)
 
     def points(self, count):
         """About so many rows of the curve file, the last one among them."""
@@ -118,7 +120,7 @@ class Curve:
             steps, seconds = int(self.steps[reached[0]]), round(self.seconds[reached[0]], 1)
         return {"measure": self.measure, "level": "" if level is None else level,
                 "steps_to_level": steps, "seconds_to_level": seconds, "best": f"{max(self.values):.4g}",
-                **self.end(), "max_first_logratio": f"{max(self.logratios):.1e}"}
+                **self.end(), "max_first_difference": f"{max(self.differences):.1e}"}
 
 
 def collect(group, runs, entry, out):
@@ -341,7 +343,7 @@ def main(argv=None):
         fail(f"--out {args.out} cannot be made ({e.strerror}): choose another folder")
     entry_of = {entry["group"]: entry for entry in known.values()}
     for group in [*entry_of, *(found.keys() - entry_of)]:   # in the order of the task files
-        if group in found and "table" not in entry_of.get(group, {}):           # else it has its own script
+        if group in found:
             collect(group, found[group], entry_of.get(group, {}), out)
     for path in sorted(out.glob("*.csv")):
         try:

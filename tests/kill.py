@@ -50,6 +50,7 @@ CASES = [  # script, what starts it, task, its arguments, memory, other flags
     ("ppo_recurrent_tbb", (), "MiniGrid-MemoryS7-v0", {}, "lstm", {}),
     ("ppo_recurrent_tbb_multigpu", (), "KeyToDoor-v0", SHORT, "lru", NORMALISED),
     ("ppo_recurrent_tbb_multigpu", TORCHRUN, "PocMemory-v0", {}, "gru", dict(num_minibatches=2)),
+    ("pqn_recurrent_tbb", (), "TMazePassive-v0", {}, "mingru", dict(prev_action=True)),
     ("dqn_recurrent_sbb", (), "PocMemory-v0", {"max_steps": 11}, "gru", dict(prev_reward=True)),
     ("dqn_recurrent_sbb", (), "CartPole-v1", {}, "lstm", {}),
     ("dqn_recurrent_tbb", (), "TMazeActive-v0", {}, "mingru", {}),

@@ -117,17 +117,23 @@ def test_devices_side_by_side():
     assert alone == "| sac_gru, lru | 1,024 | 64 | - | 3,000 | - |"
 
 
-def test_first_steps_to_a_level_of_an_entry_and_of_a_grids_cell(tmp_path, monkeypatch):
+def test_where_an_entry_and_a_grids_cell_reach_a_level_first(tmp_path, monkeypatch):
     monkeypatch.setattr(pages, "RESULTS", tmp_path)
-    (tmp_path / "table.csv").write_text("entry,steps_to_level\nother,1\nmine,20\nmine,\n")
-    assert pages.first_steps("mine", {"cell": []}, 0.5) == [20, None]
+    (tmp_path / "table.csv").write_text(
+        "entry,steps_to_level,seconds_to_level\nother,1,0.5\nmine,20,3.5\nmine,,\n")
+    assert pages.first_reached("mine", {"cell": []}, 0.5) == [(20, 3.5), None]
     with (tmp_path / "grid.csv").open("w", newline="") as f:
         csv.writer(f).writerows([
-            ("length", "memory", "seed", "global_step", "value"), ("10", "gru", "1", "100", "0.1"),
-            ("10", "gru", "1", "200", "0.9"), ("10", "gru", "1", "300", "0.2"),
-            ("10", "lru", "1", "50", "1"), ("10", "gru", "2", "300", "0.4")])
+            ("length", "memory", "seed", "global_step", "seconds", "value"),
+            ("10", "gru", "1", "100", "1", "0.1"), ("10", "gru", "1", "200", "2", "0.9"),
+            ("10", "gru", "1", "300", "3", "0.2"), ("10", "lru", "1", "50", "1", "1"),
+            ("10", "gru", "2", "300", "3", "0.4")])
     cell = {"group": "grid", "cell": ["10", "gru"], "grid": {"length": {}, "memory": {}}}
-    assert pages.first_steps("grid__10__gru", cell, 0.5) == [200, None]
+    assert pages.first_reached("grid__10__gru", cell, 0.5) == [(200, 2.0), None]
+    cell["level"] = 0.5
+    assert pages.reached_cell("grid__10__gru", {"grid__10__gru": cell}, None) == "200 steps, 2 s (1 of 2)"
+    cell["level"] = 2
+    assert pages.reached_cell("grid__10__gru", {"grid__10__gru": cell}, None) == "0 of 2"
 
 
 def test_notes_become_an_index(tmp_path, monkeypatch, capsys):
