@@ -69,11 +69,13 @@ def make_vector(args, num_envs, training, render_mode):
         return wrappers.BatchResetOptions(envs, options) if options else envs
     if render_mode:
         kwargs = {**kwargs, "render_mode": render_mode}
-    around = [wrappers.in_symbols] * (not ours)             # with Checked, not Gymnasium's own
+    around = [] if ours else [wrappers.in_symbols]          # with Checked, not Gymnasium's own
     if options:
         around.append(functools.partial(wrappers.ResetOptions, options=options))
+    if not ours and getattr(args, "action_mask", False):    # SAC and TD3 have no such flag
+        around.append(wrappers.masked)
     if not ours:
-        around += [wrappers.masked] * getattr(args, "action_mask", False) + [wrappers.Guest]
+        around.append(wrappers.Guest)                       # outermost: it keeps nothing of the infos
     envs = gym.make_vec(
         env_id, num_envs, "sync", {"autoreset_mode": autoreset}, around, disable_env_checker=True, **kwargs)
     return envs
