@@ -75,7 +75,7 @@ def make_vector(args, num_envs, training, render_mode):
     if not ours and getattr(args, "action_mask", False):    # SAC and TD3 have no such flag
         around.append(wrappers.masked)
     if not ours:
-        around.append(wrappers.Guest)                       # outermost: it keeps nothing of the infos
+        around.append(wrappers.Guest)                       # outermost: lets only success through
     envs = gym.make_vec(
         env_id, num_envs, "sync", {"autoreset_mode": autoreset}, around, disable_env_checker=True, **kwargs)
     return envs
