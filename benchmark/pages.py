@@ -144,12 +144,12 @@ def grid_table(rows):
     return markdown([*axes, *columns], cells)
 
 
-def mean_cell(scores, most):
+def mean_cell(scores, most, digits=2):
     if not scores:
         return "-"
-    half_range = f" ± {(max(scores) - min(scores)) / 2:.2f}" if len(scores) > 1 else ""
+    half_range = f" ± {(max(scores) - min(scores)) / 2:.{digits}f}" if len(scores) > 1 else ""
     fewer = f" (n = {len(scores)})" if len(scores) < most else ""
-    return f"{statistics.mean(scores):.2f}{half_range}{fewer}"
+    return f"{statistics.mean(scores):.{digits}f}{half_range}{fewer}"
 
 
 def aggregate_table(rows):
@@ -296,6 +296,47 @@ def every_task_summary(rows):
     return "\n\n".join(lines) + "\n"
 
 
+def popgym_table(rows):
+    """popgym-full.csv: the best recipe of every task, beside what is published."""
+    header = ("task", "script, memory", "steps", "seconds a run", "at the end, greedy", "greatest mean",
+              "published GRU", "best of 13")
+    published = {row["task"]: row for row in rows_of(RESULTS / "popgym-published.csv")}
+    best, cells = [row for row in rows if row["recipe"] == "best"], []
+    for task in different(best, "task"):
+        runs = [row for row in best if row["task"] == task]
+        final, mmer = (
+            mean_cell([float(row[name]) for row in runs], len(runs), digits=3) for name in ("final", "mmer"))
+        script = runs[0]["script"].split("_")[0].upper()
+        theirs = published.get(task, {"gru": "-", "best": "-", "model": ""})
+        cells.append([
+            task, f"{script}, {runs[0]['memory']}", f"{int(runs[0]['steps']):,}",
+            from_to([int(row["seconds"]) for row in runs], ","), final, mmer,
+            theirs["gru"], f"{theirs['best']} {theirs['model']}".strip()])
+    return markdown(header, cells)
+
+
+def popgym_memories_table(rows):
+    """popgym-full.csv: a column each memory, after its million steps."""
+    rows = [row for row in rows if row["recipe"] == "1M"]
+    memories, cells = different(rows, "memory"), []
+    for task in different(rows, "task"):
+        scores = {}
+        for row in rows:
+            if row["task"] == task:
+                scores.setdefault(row["memory"], []).append(float(row["final"]))
+        most = max(map(len, scores.values()))
+        cells.append([task, *(mean_cell(scores.get(memory), most) for memory in memories)])
+    return markdown(["task", *memories], cells)
+
+
+def popgym_hours():
+    """What the table of all of POPGym took."""
+    rows = rows_of(RESULTS / "popgym-full.csv")
+    hours = sum(int(row["seconds"]) for row in rows) / 3600
+    steps = sum(int(row["steps"]) for row in rows)
+    return f"{len(rows)} runs, {steps / 1e6:,.0f} million environment steps, {hours:.1f} hours of a core.\n"
+
+
 def works():
     """What works: the lines of WORKS."""
     header = "task", "script, memory", "solved at", "seeds that reach it", "environment steps to it"
@@ -439,9 +480,12 @@ TABLES = {                                                  # {name: (file, func
     "tmaze-extrapolation": (RESULTS / "tmaze-extrapolation.csv", sizes_table),
     "minigrid-s17-random": (RESULTS / "minigrid-s17-random.csv", sizes_table),
     "every-task": (RESULTS / "every-task.csv", every_task_table),
+    "popgym-full": (RESULTS / "popgym-full.csv", popgym_table),
+    "popgym-full-memories": (RESULTS / "popgym-full.csv", popgym_memories_table),
 }
 WRITTEN = {  # made of more than one file, or of code
-    "works": works, "beside": beside, "side-by-side": side_by_side, "known-bugs": known_bugs, "words": words}
+    "works": works, "beside": beside, "side-by-side": side_by_side, "known-bugs": known_bugs, "words": words,
+    "popgym-hours": popgym_hours}
 
 
 def part(name):

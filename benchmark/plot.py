@@ -343,7 +343,7 @@ def main(argv=None):
         fail(f"--out {args.out} cannot be made ({e.strerror}): choose another folder")
     entry_of = {entry["group"]: entry for entry in known.values()}
     for group in [*entry_of, *(found.keys() - entry_of)]:   # in the order of the task files
-        if group in found:
+        if group in found and "table" not in entry_of.get(group, {}):           # else it has its own script
             collect(group, found[group], entry_of.get(group, {}), out)
     for path in sorted(out.glob("*.csv")):
         try:

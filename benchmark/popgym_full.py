@@ -1,0 +1,153 @@
+"""The table of all of POPGym, from finished runs.   python benchmark/popgym_full.py
+
+    python benchmark/run.py --suite popgym-full                trains; again: goes on where it was stopped
+    python benchmark/popgym_full.py --out benchmark/results    then puts the runs into the table
+
+Writes
+    popgym-full.csv           a row a run: mmer is the greatest mean return of 100 training episodes, POPGym's
+                              measure, of the policy that explores; final is the last evaluation, of the one
+                              that does not; recipe is "best", or "1M": a million steps with this memory
+    popgym-full-curves.csv    the evaluations of the best recipes
+
+Rows that were there before stay. Everything else is made from these two files and popgym-published.csv:
+    popgym-full.png, .svg               every task: ours beside the best of 13 published memories
+    popgym-full-curves.png, .svg        the best recipes while they train, a panel a family
+    popgym-full-aggregate.csv, .png     interquartile means over tasks and seeds, a line a memory
+"""
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from entries import ROOT, entries, fail
+from plot import aggregate, draw_aggregate, draw_curves, read_csv, save, write_csv
+from run import command_line
+
+SUITE = "popgym-full"
+PUBLISHED = ROOT / "benchmark/results/popgym-published.csv"
+LEVELS = {"Easy": "C0", "Medium": "C1", "Hard": "C3"}  # and their colours
+
+
+@dataclass
+class Args:
+    runs_dir: str = "runs/benchmark"  # run folders named <entry>__<seed>
+    out: str = "runs/figures"  # where CSV files and figures go
+
+
+def collect(folder, out):
+    """Puts the finished runs into the two files, in place of their older rows. Returns all rows of both."""
+    table_file, curves_file = out / f"{SUITE}.csv", out / f"{SUITE}-curves.csv"
+    table = {key_of(row): row for row in read_csv(table_file)}
+    curves = {}
+    for row in read_csv(curves_file):
+        curves.setdefault((row["task"], row["seed"]), []).append(row)
+    for name, entry in entries().items():
+        for finished in folder.glob(f"{name}__*/finished") if entry["suite"] == SUITE else ():
+            run, evaluations = read_run(finished.parent, entry)
+            table[key_of(run)] = run
+            if run["recipe"] == "best":
+                curves[run["task"], run["seed"]] = evaluations
+    table = sorted(table.values(), key=place)
+    curves = sorted((row for curve in curves.values() for row in curve), key=place)
+    for file, rows in ((table_file, table), (curves_file, curves)):
+        if rows:
+            write_csv(file, rows)
+    return table, curves
+
+
+def key_of(row):
+    return tuple(row[column] for column in ("task", "memory", "script", "seed", "recipe"))
+
+
+def read_run(folder, entry):
+    """A run's row of the table, and a row for each of its evaluations."""
+    args, rows = json.loads((folder / "args.json").read_text()), read_csv(folder / "progress.csv")
+    family, level, column = entry["cell"]
+    run = {"task": family + level, "memory": args["memory"], "script": entry["command"].split()[1],
+           "seed": str(args["seed"])}
+    returns = [float(row["charts/episodic_return"]) for row in rows if row["charts/episodic_return"]]
+    evaluations = [
+        {"task": run["task"], "seed": run["seed"], "global_step": row["global_step"],
+         "return": f"{float(row['eval/episodic_return']):.4f}"}
+        for row in rows if row["eval/episodic_return"]]
+    return run | {
+        "steps": rows[-1]["global_step"], "seconds": f"{float(rows[-1]['seconds']):.0f}",
+        "mmer": f"{max(returns):.4f}", "final": evaluations[-1]["return"],
+        "recipe": "best" if column == "best" else "1M"}, evaluations
+
+
+def family_and_level(task):
+    level = next(level for level in LEVELS if task.endswith(level))
+    return task.removesuffix(level), level
+
+
+def place(row):
+    """Families by name, then levels, the best recipe first, memories, seeds; a curve as it was."""
+    family, level = family_and_level(row["task"])
+    return family, list(LEVELS).index(level), row.get("recipe", ""), row.get("memory", ""), int(row["seed"])
+
+
+def draw_tasks(table, published, out):
+    """A line a task: our seeds, and what is published."""
+    scores = {}
+    for row in table:
+        if row["recipe"] == "best":
+            scores.setdefault(row["task"], []).append(float(row["final"]))
+    figure, axis = plt.subplots(figsize=(6, 0.16 * len(scores) + 0.9), layout="constrained")
+    for y, (task, finals) in enumerate(scores.items()):
+        axis.plot(finals, [y] * len(finals), "o", color="C0", markersize=4, alpha=0.6)
+        if task in published:
+            axis.plot(float(published[task]["best"]), y, "|", color="C3", markersize=9, markeredgewidth=2)
+    axis.plot([], [], "o", color="C0", label="ours at the end, without exploring, a point a seed")
+    axis.plot([], [], "|", color="C3", markersize=9, label="published: best of 13 memories, by greatest mean")
+    axis.set_yticks(range(len(scores)), list(scores), fontsize=6)
+    axis.set_xlabel("return", fontsize=8)
+    axis.invert_yaxis()
+    figure.legend(loc="outside upper center")
+    save(figure, out / SUITE)
+
+
+def draw_families(curves, out, columns=4):
+    """The best recipes while they train: a panel a family, a curve a level."""
+    families = {}                                           # {family: {level: rows}}
+    for row in curves:
+        family, level = family_and_level(row["task"])
+        families.setdefault(family, {}).setdefault(level, []).append(row | {"value": row["return"]})
+    lines = -(-len(families) // columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(2.4 * columns, 1.7 * lines), layout="constrained", squeeze=False)
+    for axis in axes.flat[len(families):]:
+        axis.axis("off")
+    for axis, (family, levels) in zip(axes.flat, families.items()):
+        for level, rows in levels.items():
+            draw_curves(axis, rows, "global_step", label=level, color=LEVELS[level])
+        axis.set_title(family, fontsize=8)
+    axes[0][0].legend()
+    figure.supxlabel("environment steps", fontsize=8)
+    figure.supylabel("return without exploring, mean and range of the seeds", fontsize=8)
+    save(figure, out / f"{SUITE}-curves")
+
+
+def main(argv=None):
+    args = command_line(Args, argv)
+    folder, out = Path(args.runs_dir), Path(args.out)
+    if not (folder.is_dir() or (out / f"{SUITE}.csv").exists()):
+        fail(f"--runs-dir {folder} holds no finished runs; benchmark/run.py --suite {SUITE} makes them")
+    out.mkdir(parents=True, exist_ok=True)
+    table, curves = collect(folder, out)
+    if not table:
+        fail(f"--runs-dir {folder} holds no finished runs of {SUITE}")
+    draw_tasks(table, {row["task"]: row for row in read_csv(PUBLISHED)}, out)
+    if curves:
+        draw_families(curves, out)
+    million = [
+        {column: row[column] for column in ("task", "memory", "recipe", "seed")} | {"last": row["final"]}
+        for row in table if row["recipe"] == "1M"]
+    arms = million and aggregate(million)
+    if arms:
+        write_csv(out / f"{SUITE}-aggregate.csv", arms)
+        draw_aggregate(SUITE, arms, out)
+
+
+if __name__ == "__main__":
+    main()

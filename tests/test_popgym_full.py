@@ -1,0 +1,116 @@
+"""benchmark/popgym_full.py: from run folders to the table of all of POPGym."""
+import csv
+import json
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmark"))
+import pages  # noqa: E402
+import plot  # noqa: E402
+import popgym_full  # noqa: E402
+from entries import entries  # noqa: E402
+
+ROWS = (                                                    # of progress.csv
+    {"global_step": 100, "seconds": 1.4, "charts/episodic_return": "", "eval/episodic_return": ""},
+    {"global_step": 200, "seconds": 2.4, "charts/episodic_return": 0.7, "eval/episodic_return": 0.5},
+    {"global_step": 300, "seconds": 3.6, "charts/episodic_return": 0.4, "eval/episodic_return": 0.6},
+    {"global_step": 400, "seconds": 4.6, "charts/episodic_return": 0.6, "eval/episodic_return": ""})
+
+
+def write_run(folder, memory, seed=1):
+    folder.mkdir(parents=True)
+    (folder / "args.json").write_text(json.dumps({"memory": memory, "seed": seed}))
+    with (folder / "progress.csv").open("w", newline="") as f:
+        writer = csv.DictWriter(f, ROWS[0])
+        writer.writeheader()
+        writer.writerows(ROWS)
+    (folder / "finished").touch()
+
+
+def rows_of(path):
+    return list(csv.DictReader(path.open()))
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Makes the table of the runs in runs/."""
+    def make():
+        popgym_full.main(["--runs-dir", str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
+        return tmp_path / "out"
+
+    return make
+
+
+def test_a_row_has_the_greatest_mean_of_training_and_the_last_evaluation(tmp_path, make):
+    write_run(tmp_path / "runs/popgym-full__RepeatFirst__Hard__best__3", "mingru", seed=3)
+    out = make()
+    assert rows_of(out / "popgym-full.csv") == [{
+        "task": "RepeatFirstHard", "memory": "mingru", "script": "pqn_recurrent_tbb.py", "seed": "3",
+        "steps": "400", "seconds": "5", "mmer": "0.7000", "final": "0.6000", "recipe": "best"}]
+    assert [(row["global_step"], row["return"]) for row in rows_of(out / "popgym-full-curves.csv")] == [
+        ("200", "0.5000"), ("300", "0.6000")]
+
+
+def test_the_million_of_a_memory_is_not_the_best_recipe_and_has_no_curve(tmp_path, make):
+    write_run(tmp_path / "runs/popgym-full__RepeatFirst__Hard__best__1", "mingru")
+    write_run(tmp_path / "runs/popgym-full__RepeatFirst__Hard__mingru__1", "mingru")
+    out = make()
+    assert [row["recipe"] for row in rows_of(out / "popgym-full.csv")] == ["1M", "best"]
+    assert len(rows_of(out / "popgym-full-curves.csv")) == 2
+
+
+def test_earlier_rows_stay_and_the_same_run_is_replaced(tmp_path, make):
+    write_run(tmp_path / "runs/popgym-full__RepeatFirst__Hard__best__1", "mingru")
+    write_run(tmp_path / "runs/popgym-full__Battleship__Easy__best__1", "lru")
+    make()
+    (tmp_path / "runs/popgym-full__Battleship__Easy__best__1/finished").unlink()
+    out = make()
+    assert [row["task"] for row in rows_of(out / "popgym-full.csv")] == ["BattleshipEasy", "RepeatFirstHard"]
+
+
+def test_interquartile_means_are_of_the_memories_that_have_every_task(tmp_path, make):
+    for memory in ("gru", "lru"):
+        write_run(tmp_path / f"runs/popgym-full__RepeatFirst__Hard__{memory}__1", memory)
+    write_run(tmp_path / "runs/popgym-full__Battleship__Easy__gru__1", "gru")
+    (row,) = rows_of(make() / "popgym-full-aggregate.csv")
+    assert row["memory"] == "gru" and row["tasks"] == "2" and float(row["iqm"]) == 0.6
+
+
+def test_without_runs_it_says_what_makes_them(tmp_path, make, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        make()
+    assert stopped.value.code == 2 and "--suite popgym-full" in capsys.readouterr().err
+
+
+def test_plot_leaves_the_suite_to_it(tmp_path):
+    write_run(tmp_path / "runs/popgym-full__RepeatFirst__Hard__best__1", "mingru")
+    plot.main(["--runs-dir", str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_the_suite_has_every_task_with_every_memory():
+    from models import MEMORIES  # brings torch
+
+    cells = [entry["cell"] for entry in entries().values() if entry["suite"] == "popgym-full"]
+    assert len(cells) == 42 * (1 + len(MEMORIES))
+    assert {memory for _, _, memory in cells} == {"best", *MEMORIES}
+
+
+def test_the_table_beside_the_published_one():
+    rows = [{"task": "AutoencodeHard", "memory": "lru", "script": "pqn_recurrent_tbb.py", "seed": seed,
+             "steps": "3000", "seconds": "60", "mmer": "-0.1", "final": final, "recipe": "best"}
+            for seed, final in (("1", "-0.2"), ("2", "-0.3"))]
+    *_, line = pages.popgym_table(rows).splitlines()
+    assert line == ("| AutoencodeHard | PQN, lru | 3,000 | 60 | -0.250 ± 0.050 | -0.100 ± 0.000 | "
+                    "-0.456 | -0.448 IndRNN |")
+
+
+def test_the_table_of_memories():
+    row = {"task": "AutoencodeHard", "script": "-", "seed": "1", "recipe": "1M"}
+    rows = [row | {"memory": "lru", "final": "-0.2"}, row | {"memory": "gru", "final": "-0.3"},
+            row | {"memory": "lru", "final": "0.9", "recipe": "best"}]
+    assert pages.popgym_memories_table(rows).splitlines() == [
+        "| task | lru | gru |", "|---|---|---|", "| AutoencodeHard | -0.20 | -0.30 |"]
