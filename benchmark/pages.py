@@ -299,8 +299,9 @@ def every_task_summary(rows):
 def popgym_table(rows):
     """popgym-full.csv: the best recipe of every task, beside what is published."""
     header = ("task", "script, memory", "steps", "seconds a run", "at the end, greedy", "greatest mean",
-              "published GRU", "best of 13")
+              "published GRU", "best of 13", "with the rules")
     published = {row["task"]: row for row in rows_of(RESULTS / "popgym-published.csv")}
+    limits = {row["task"]: f"{float(row['return']):.3f}" for row in rows_of(RESULTS / "popgym-limits.csv")}
     best, cells = [row for row in rows if row["recipe"] == "best"], []
     for task in different(best, "task"):
         runs = [row for row in best if row["task"] == task]
@@ -311,7 +312,7 @@ def popgym_table(rows):
         cells.append([
             task, f"{script}, {runs[0]['memory']}", f"{int(runs[0]['steps']):,}",
             from_to([int(row["seconds"]) for row in runs], ","), final, mmer,
-            theirs["gru"], f"{theirs['best']} {theirs['model']}".strip()])
+            theirs["gru"], f"{theirs['best']} {theirs['model']}".strip(), limits.get(task, "-")])
     return markdown(header, cells)
 
 

@@ -11,6 +11,7 @@ sys.path.insert(0, str(ROOT / "benchmark"))
 import pages  # noqa: E402
 import plot  # noqa: E402
 import popgym_full  # noqa: E402
+import popgym_limits  # noqa: E402
 from entries import entries  # noqa: E402
 
 ROWS = (                                                    # of progress.csv
@@ -105,7 +106,7 @@ def test_the_table_beside_the_published_one():
             for seed, final in (("1", "-0.2"), ("2", "-0.3"))]
     *_, line = pages.popgym_table(rows).splitlines()
     assert line == ("| AutoencodeHard | PQN, lru | 3,000 | 60 | -0.250 ± 0.050 | -0.100 ± 0.000 | "
-                    "-0.456 | -0.448 IndRNN |")
+                    "-0.456 | -0.448 IndRNN | - |")
 
 
 def test_the_table_of_memories():
@@ -114,3 +115,12 @@ def test_the_table_of_memories():
             row | {"memory": "lru", "final": "0.9", "recipe": "best"}]
     assert pages.popgym_memories_table(rows).splitlines() == [
         "| task | lru | gru |", "|---|---|---|", "| AutoencodeHard | -0.20 | -0.30 |"]
+
+
+def test_players_who_know_the_rules_have_what_is_committed():
+    committed = {row["task"]: row for row in rows_of(pages.RESULTS / "popgym-limits.csv")}
+    found = popgym_limits.limits(512)
+    assert found.keys() == committed.keys()
+    for task, returns in found.items():
+        error = returns.std() / 512**0.5
+        assert abs(returns.mean() - float(committed[task]["return"])) < 4 * error, task
