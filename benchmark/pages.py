@@ -302,11 +302,14 @@ def popgym_table(rows):
               "published GRU", "best of 13", "with the rules")
     published = {row["task"]: row for row in rows_of(RESULTS / "popgym-published.csv")}
     limits = {row["task"]: f"{float(row['return']):.3f}" for row in rows_of(RESULTS / "popgym-limits.csv")}
-    best, cells = [row for row in rows if row["recipe"] == "best"], []
-    for task in different(best, "task"):
-        runs = [row for row in best if row["task"] == task]
+    best, cells = {}, []                                    # {task: its runs}
+    for row in rows:
+        if row["recipe"] == "best":
+            best.setdefault(row["task"], []).append(row)
+    most = max(map(len, best.values()))
+    for task, runs in best.items():
         final, mmer = (
-            mean_cell([float(row[name]) for row in runs], len(runs), digits=3) for name in ("final", "mmer"))
+            mean_cell([float(row[name]) for row in runs], most, digits=3) for name in ("final", "mmer"))
         script = runs[0]["script"].split("_")[0].upper()
         theirs = published.get(task, {"gru": "-", "best": "-", "model": ""})
         cells.append([
