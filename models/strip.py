@@ -29,8 +29,8 @@ def strip(agent, steps, title, width=640, wiped_at=()):
         axis.set_ylabel(label, fontsize=8, rotation=0, ha="right", va="center")
         axis.tick_params(labelsize=7)
         for t in episodes[1:]:
-            axis.axvline(t - 0.5, color="white", linewidth=3)
-            axis.axvline(t - 0.5, color="black", linewidth=0.8)
+            axis.axvline(t - 0.5, color="black", linewidth=0.9)
+            axis.axvline(t - 0.5, color="white", linewidth=0.9, linestyle=(0, (3, 3)))      # seen on both
         for t in wiped_at:
             axis.axvline(t - 0.5, color=VERMILLION, linewidth=1.5, linestyle="--")
     axis.set_xlim(-0.5, len(steps) - 0.5)
@@ -54,26 +54,29 @@ def panels_of(agent, steps):
     of_values = not hasattr(agent, "policy")                # PQN, DQN
     actions = "action" if box else "values of\nthe actions" if of_values else "probabilities\nof the actions"
     panels = [("value", 50, line(value)), (actions, 10 + 8 * len(policy), heat(policy))]
-    if len(seen) <= 16:
+    if len(seen) <= 16 and seen.max() <= 16:                # numbers of pictures say nothing
         panels.insert(0, ("sees", 10 + 7 * len(seen), heat(seen)))
     if len(state):
-        varies = np.argsort(-state.std(axis=1), kind="stable")[:UNITS]
-        panels.append((f"state: {len(varies)} of\n{len(state)} numbers", 120, heat(state[varies], cut=1)))
+        units = state[np.argsort(-state.std(axis=1), kind="stable")[:UNITS]]
+        low, high = units.min(axis=1, keepdims=True), units.max(axis=1, keepdims=True)
+        units = (units - low) / (high - low + 1e-9)         # each in all colours
+        panels.append((f"state: {len(units)} of\n{len(state)} numbers", 120, heat(units)))
     if steps[0]["kept"]:
         kept = np.stack([np.concatenate(step["kept"]) for step in steps], axis=1)           # [K, T]
         panels.append(("forgets", 50, shares(1 - kept)))
     if steps[0]["attention"]:
-        panels.append(("attends to\nstep", 120, heat(attended(steps), origin="lower")))
+        panels.append(("attends to\nepisode's\nstep", 120, heat(attended(steps), "lower", cut=1)))
     return panels
 
 
 def attended(steps):
-    """[T, T] how much step t, a column, looked at each step: the mean over heads and layers."""
-    looked = np.full((len(steps), len(steps)), np.nan)
+    """[steps of an episode, T] how much step t looked at each one of its episode: mean of heads, layers."""
+    looked, age = np.full((len(steps), len(steps)), np.nan), 0
     for t, step in enumerate(steps):
+        age = 1 if step["start"] else age + 1
         weights = np.mean(step["attention"], axis=0)        # [keys] up to this step
-        looked[t + 1 - len(weights) : t + 1, t] = weights
-    return looked
+        looked[age - len(weights) : age, t] = weights
+    return looked[~np.isnan(looked).all(axis=1)]
 
 
 def line(values):
