@@ -19,7 +19,7 @@ def noting(agent):
     """Yields a list that grows by one dict a step, while the agent acts in one environment:
 
     obs         what it saw, leaves of [1, ...]
-    start       whether an episode begins
+    age         how many steps of its episode came before
     empty       whether its memory holds nothing: so begins an episode, and so it is after a wipe
     state       [U] the memory's state after the step, complex numbers as two
     policy      [A] probabilities of the actions. PQN, DQN: their values. Box: the action
@@ -31,8 +31,9 @@ def noting(agent):
 
     def noted(obs, state, start):
         empty = all(torch.equal(s, e) for s, e in zip(state, agent.memory.initial_state(1)))
-        steps.append({"obs": obs, "start": bool(start), "empty": bool(start) or empty, "values": [],
-                      "kept": [], "attention": []})
+        age = steps[-1]["age"] + 1 if steps and not start else 0
+        steps.append({"obs": obs, "age": age, "empty": age == 0 or empty, "values": [], "kept": [],
+                      "attention": []})
         action, state = act(obs, state, start)
         steps[-1]["state"] = numbers(state)
         return action, state

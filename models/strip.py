@@ -17,7 +17,7 @@ def strip(agent, steps, title, width=640, wiped_at=()):
 
     steps: what models/insight.py noted; wiped_at: steps at which the state was wiped
     """
-    panels, episodes = panels_of(agent, steps), [t for t, step in enumerate(steps) if step["start"]]
+    panels, episodes = panels_of(agent, steps), [t for t, step in enumerate(steps) if step["age"] == 0]
     heights = [height for _, height, _ in panels]
     size = width / DPI, (sum(heights) + 14 * len(panels) + 50) / DPI
     figure, axes = plt.subplots(
@@ -46,7 +46,6 @@ def strip(agent, steps, title, width=640, wiped_at=()):
 
 def panels_of(agent, steps):
     """From top to bottom: what is said of a panel, its height in pixels, and draw(axis)."""
-    seen = np.stack([numbers(step["obs"]) for step in steps], axis=1)       # [numbers, T]
     policy = np.stack([step["policy"] for step in steps], axis=1)           # [A, T]
     state = np.stack([step["state"] for step in steps], axis=1)             # [U, T]
     box = hasattr(agent, "low")                             # SAC, TD3
@@ -54,8 +53,10 @@ def panels_of(agent, steps):
     of_values = not hasattr(agent, "policy")                # PQN, DQN
     actions = "action" if box else "values of\nthe actions" if of_values else "probabilities\nof the actions"
     panels = [("value", 50, line(value)), (actions, 10 + 8 * len(policy), heat(policy))]
-    if len(seen) <= 16 and seen.max() <= 16:                # numbers of pictures say nothing
-        panels.insert(0, ("sees", 10 + 7 * len(seen), heat(seen)))
+    if len(numbers(steps[0]["obs"])) <= 16:
+        seen = np.stack([numbers(step["obs"]) for step in steps], axis=1)   # [numbers, T]
+        if seen.max() <= 16:                                # numbers of pictures say nothing
+            panels.insert(0, ("sees", 10 + 7 * len(seen), heat(seen)))
     if len(state):
         units = state[np.argsort(-state.std(axis=1), kind="stable")[:UNITS]]
         low, high = units.min(axis=1, keepdims=True), units.max(axis=1, keepdims=True)
@@ -71,16 +72,19 @@ def panels_of(agent, steps):
 
 def attended(steps):
     """[steps of an episode, T] how much step t looked at each one of its episode: mean of heads, layers."""
-    looked, age = np.full((len(steps), len(steps)), np.nan), 0
+    looked = np.full((1 + max(step["age"] for step in steps), len(steps)), np.nan)
     for t, step in enumerate(steps):
-        age = 1 if step["start"] else age + 1
-        weights = np.mean(step["attention"], axis=0)        # [keys] up to this step
-        looked[age - len(weights) : age, t] = weights
-    return looked[~np.isnan(looked).all(axis=1)]
+        end = step["age"] + 1
+        weights = np.mean(step["attention"], axis=0)[-end:]                 # [keys] up to this step
+        looked[end - len(weights) : end, t] = weights
+    return looked
 
 
 def line(values):
-    return lambda axis: (axis.plot(values, color=BLUE, linewidth=1.2), axis.margins(y=0.15))
+    def draw(axis):
+        axis.plot(values, color=BLUE, linewidth=1.2)
+        axis.margins(y=0.15)
+    return draw
 
 
 def heat(rows, origin="upper", cut=0):

@@ -4,6 +4,7 @@ from pathlib import Path
 import imageio
 import numpy as np
 
+from models.command_line import fail
 from models.files import write
 from models.insight import noting
 from models.play import play, summary, write_gif
@@ -21,6 +22,9 @@ def watch(agent, envs, args):
         steps, shots, results = witness(agent, envs, args, forget_at)
         what = f"state wiped at step {forget_at}" if forget_at else "state kept"
         print(f"{what}: {summary(results)}")
+        last = max(step["age"] for step in steps)
+        if args.forget_at > last:
+            fail(f"--forget-at {args.forget_at}: no episode lasts so long; give at most {last}")
         returns.append(np.mean(results, axis=0)[0])
         if args.show_memory:
             shown = what if args.forget_at else f"{args.env_id}, {args.memory}"
@@ -57,11 +61,7 @@ def witness(agent, envs, args, forget_at):
 
 def film_of(agent, steps, shots, title, forget_at, width):
     """[H, width, 3] frames: the task above, below it the strip as far as time has come."""
-    age, wiped_at = 0, []
-    for t, step in enumerate(steps):
-        age = 0 if step["start"] else age + 1
-        if forget_at and age == forget_at:
-            wiped_at.append(t)
+    wiped_at = [t for t, step in enumerate(steps) if forget_at and step["age"] == forget_at]
     whole, (rows, columns) = strip(agent, steps, title, width, wiped_at)
     frames = []
     for so_far, picture in shots:

@@ -13,6 +13,7 @@ import dqn_recurrent_sbb
 import ppo_recurrent_sbb
 from envs.vector import make_envs
 from models import MEMORIES, insight, probe, watch
+from models import play as playing
 from models.gpt import F as of_gpt
 from models.play import play
 from models.run_folder import make_agent
@@ -68,6 +69,16 @@ def test_a_wiped_memory_is_a_new_one_also_where_it_never_resets(name):
     assert all(not torch.equal(s, e) for s, e in zip(asked[3][1][:1], empty[:1]))
 
 
+@pytest.mark.parametrize("name", MEMORIES)
+def test_only_the_rows_that_are_at_the_step_are_wiped(name):
+    memory = MEMORIES[name](3, 8)
+    empty = memory.initial_state(3)
+    state = tuple(torch.ones_like(s) for s in empty)
+    rows = torch.tensor([False, True, False])
+    for s, e, after in zip(state, empty, playing.wiped(state, empty, rows), strict=True):
+        assert torch.equal(after[rows], e[rows]) and torch.equal(after[~rows], s[~rows])
+
+
 # ---------------------------------------------------------------------- what is noted
 
 def noted(memory, hidden_size=8, steps=5, **kwargs):
@@ -121,7 +132,7 @@ def test_values_and_probabilities_are_those_of_the_policy_that_acts():
     np.testing.assert_allclose(step["policy"], dist.logp.detach().exp().flatten(), rtol=1e-5)
     assert step["policy"].argmax() == action and step["values"] == pytest.approx([value.item()])
     np.testing.assert_array_equal(step["state"], h.detach().flatten())
-    assert step["start"] and step["empty"]
+    assert step["age"] == 0 and step["empty"]
 
 
 def test_the_critics_that_do_not_act_see_the_same_episode_and_the_same_wipe():
@@ -249,6 +260,7 @@ def test_a_cue_that_was_not_seen_is_not_to_be_remembered():
 @pytest.mark.parametrize("flags, says", [
     (["--probe", "--env-id", "CartPoleMasked-v0"], "--probe finds nothing to read out: CartPoleMasked-v0"),
     (["--probe", "--env-id", "CartPole-v1", "--env-kwargs", "{}"], "--probe finds nothing to read out"),
+    (["--forget-at", "100"], "no episode lasts so long"),
     (["--show-memory"], "add --render-mode rgb_array"),
     (["--show-memory", "--probe", "--render-mode", "rgb_array"], "leave out --show-memory")])
 def test_what_cannot_be_looked_into_is_one_sentence(flags, says, tmp_path, capsys):
