@@ -102,6 +102,9 @@ class Args:
     model: str | None = None  # do not train: play this model.safetensors
     episodes: Count = 10  # episodes to play with --model
     render_mode: Literal["auto", "human", "ansi", "rgb_array", "none"] = "auto"  # with --model
+    show_memory: bool = False  # with --model and --render-mode rgb_array: film the memory beside the task
+    forget_at: Whole = 0  # with --model: play each episode again and wipe the memory at this step; 0: never
+    probe: bool = False  # with --model: draw what a linear readout of the memory knows, by delay
 
 
 class Critics(nn.Module):

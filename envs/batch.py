@@ -23,6 +23,12 @@ def row(obs, n):
     return obs[n]
 
 
+def newest(values, t, K):
+    """What there was 0, 1, ... K - 1 steps ago, [N, K]; -1: nothing yet.   values [N, steps]; t [N] now"""
+    when = t[:, None] - np.arange(K)
+    return np.where(when < 0, -1, np.take_along_axis(values, when.clip(0), axis=1))
+
+
 class BatchEnv(gym.vector.VectorEnv):
     """N environments that step together: row n of every array belongs to environment n.
 
@@ -36,6 +42,8 @@ class BatchEnv(gym.vector.VectorEnv):
         text(n)         what to print of row n       (render_mode "ansi")
         picture(n)      row n, [H, W, 3] uint8       (render_mode "rgb_array")
         facts()         what else the info of an episode's last step says, {name: array [N]}; may be left out
+        remembered()    what an agent has to remember now, {name: whole numbers [N] or [N, K]}, for --probe; a
+                        number below 0 is none yet. Of [N, K] column k is k steps old. May be left out
 
     What forbids actions is a part `action_mask` of a Dict observation, its space an ActionMask(action_space)
     in models/action_mask.py: 1 is allowed; something always is, also in the last observation.
@@ -116,6 +124,9 @@ class BatchEnv(gym.vector.VectorEnv):
         return obs, reward, terminated, truncated, infos
 
     def facts(self):
+        return {}
+
+    def remembered(self):
         return {}
 
     def render(self):

@@ -20,7 +20,7 @@ last bit alone gets -1882.
 import gymnasium as gym
 import numpy as np
 
-from envs.batch import BatchEnv, SingleEnv, check_whole
+from envs.batch import BatchEnv, SingleEnv, check_whole, newest
 
 MODES = ("count_input", "count_steps_since_last_input")
 
@@ -74,6 +74,11 @@ class CountInputBatch(BatchEnv):
     def observe(self):
         bits = self.bits[np.arange(self.num_envs), self.t]
         return bits.astype(np.float32)[:, None]             # [N, 1]
+
+    def remembered(self):
+        number = self.numbers[np.arange(self.num_envs), self.t]
+        reach = min(8 * self.horizon, self.episode_length)
+        return {"number": number, "bit": newest(self.bits, self.t, reach)}
 
     def text(self, i):
         if self.t[i] == 0:

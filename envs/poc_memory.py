@@ -49,6 +49,9 @@ class PocMemoryBatch(BatchEnv):
         goals = self.good_end * (self.t <= SHOW_STEPS)
         return np.array([-goals, self.cell / END, goals], np.float32).T     # [N, 3]
 
+    def remembered(self):
+        return {"good end": (self.good_end > 0).astype(int)}
+
     def text(self, i):
         line = ["."] * (2 * END + 1)
         line[0], line[-1] = ("+", "-") if self.good_end[i] < 0 else ("-", "+")
@@ -56,11 +59,11 @@ class PocMemoryBatch(BatchEnv):
         return "".join(line) + ("   the agent sees the goals" if self.t[i] <= SHOW_STEPS else "")
 
     def picture(self, i, size=32):
-        """The goals are green and red, pale once they are hidden; the agent is blue."""
+        """The good goal is green, the bad one red, pale once they are hidden; the agent is blue."""
         cells = np.full((2 * END + 1, 3), 235, np.uint8)
-        good, bad = (170, 215, 170), (235, 175, 175)
+        good, bad = (170, 222, 208), (242, 206, 176)
         if self.t[i] <= SHOW_STEPS:
-            good, bad = (0, 160, 0), (200, 0, 0)
+            good, bad = (0, 158, 115), (213, 94, 0)         # Okabe and Ito's
         cells[0], cells[-1] = (good, bad) if self.good_end[i] < 0 else (bad, good)
         cells[self.cell[i] + END] = (40, 80, 220)
         frame = cells[None].repeat(size, 0).repeat(size, 1)

@@ -17,9 +17,12 @@ import colorsys
 import gymnasium as gym
 import numpy as np
 
-from envs.batch import BatchEnv, check_whole
+from envs.batch import BatchEnv, check_whole, newest
 
 NAMES = {"colors": [*"br"], "suits": [*"♠♦♣♥"], "ranks": ["a", *map(str, range(2, 11)), *"jqk"]}
+
+SUITS = np.array([(0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167)], np.uint8)  # Okabe and Ito's
+RANKS = np.linspace((0, 34, 78), (254, 232, 56), 13).astype(np.uint8)           # as cividis: blue to yellow
 
 
 class CardsBatch(BatchEnv):
@@ -29,7 +32,6 @@ class CardsBatch(BatchEnv):
         pay(actions)     the rewards [N]; called before the next card is dealt
     """
 
-    metadata = {**BatchEnv.metadata, "render_modes": ["ansi"]}
     deck_types = tuple(NAMES)
 
     def __init__(self, num_envs, num_decks, deck_type, **kwargs):
@@ -69,8 +71,27 @@ class CardsBatch(BatchEnv):
     def observe(self):
         return self.card(self.t)                            # [N]
 
+    def asked(self, i):
+        """Which card the answer of row i must name; below 0: none."""
+        return -1
+
     def text(self, i):
         return f"card {self.t[i] + 1} of {self.num_cards}: {self.names[self.cards[i, self.t[i]]]}"
+
+    def picture(self, i, size=24):
+        """The cards that were dealt, 26 in a row, in the colours of their kinds; a frame: it is asked for."""
+        dealt, asked = self.cards[i, : self.t[i] + 1], self.asked(i)
+        colours = SUITS if self.kinds <= len(SUITS) else RANKS
+        cells = np.full((self.num_cards, size, size, 3), 235, np.uint8)
+        cells[: len(dealt)] = colours[dealt][:, None, None]
+        cells[:, [0, -1]] = cells[:, :, [0, -1]] = 255
+        if asked >= 0:
+            edge = max(1, size // 6)
+            inside = cells[asked, edge:-edge, edge:-edge].copy()
+            cells[asked] = 0
+            cells[asked, edge:-edge, edge:-edge] = inside
+        rows = cells.reshape(-1, 26, size, size, 3).swapaxes(1, 2)
+        return rows.reshape(-1, 26 * size, 3)
 
 
 class RepeatPreviousBatch(CardsBatch):
@@ -93,8 +114,14 @@ class RepeatPreviousBatch(CardsBatch):
         right = actions == self.card(asked)
         return (asked >= 0) * np.where(right, 1, -1) / (self.num_cards - self.k)
 
+    def remembered(self):
+        return {"card": newest(self.cards, self.t, min(10 * self.k, self.steps))}
+
+    def asked(self, i):
+        return self.t[i] + 1 - self.k
+
     def text(self, i):
-        asked = self.t[i] + 1 - self.k
+        asked = self.asked(i)
         return super().text(i) + f"   asked: {self.names[self.cards[i, asked]] if asked >= 0 else '-'}"
 
 
@@ -111,6 +138,12 @@ class RepeatFirstBatch(CardsBatch):
     def pay(self, actions):
         right = actions == self.cards[:, 0]
         return np.where(right, 1, -1) / (self.num_cards - 1)
+
+    def remembered(self):
+        return {"first card": self.cards[:, 0]}
+
+    def asked(self, i):
+        return 0
 
     def text(self, i):
         return super().text(i) + f"   asked: {self.names[self.cards[i, 0]]}"
@@ -218,7 +251,6 @@ class ConcentrationBatch(CardsBatch):
     two cards of a turn are seen together, once, whether they stay or not.
     """
 
-    metadata = BatchEnv.metadata                            # this one has a picture
     deck_types = "colors", "ranks"                          # POPGym: 13 cards of a suit make no pairs
 
     def __init__(self, num_envs=1, num_decks=1, deck_type="ranks", **kwargs):

@@ -94,6 +94,9 @@ class TMazePassiveBatch(BatchEnv):
             columns.append(self.t)
         return np.array(columns, np.float32).T              # [N, 2 ... 4]
 
+    def remembered(self):
+        return {"cue": np.where(self.seen, self.goal > 0, -1)}
+
     def text(self, i):
         rows = [[" "] * self.end + ["G" if self.goal[i] == side else "."] for side in (1, -1)]
         rows.insert(1, ["O"] + ["."] * self.end)

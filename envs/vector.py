@@ -17,6 +17,8 @@ from models.action_mask import ActionMask
 from models.encoder import leaves
 from models.flags import fail, refused_in_one_sentence
 
+PROBED = 1024  # episodes of --probe
+
 
 def make_envs(args, num_envs, training=True, render_mode=None):
     """num_envs environments of the task that the flags name.
@@ -104,10 +106,18 @@ def import_module_of(env_id):
 
 
 def make_rendered(args, render_mode):
-    """One environment that waits for reset() and draws itself.   render_mode "auto": text, if there is any"""
+    """One environment that waits for reset() and draws itself.   render_mode "auto": text, if there is any
+
+    With --probe many, which nobody sees.
+    """
     envs = make_envs(args, 1, training=False)
-    modes = envs.metadata.get("render_modes", [])
+    modes, to_remember = envs.metadata.get("render_modes", []), getattr(envs.unwrapped, "remembered", dict)()
     envs.close()
+    if args.probe and not to_remember:
+        fail(f"--probe finds nothing to read out: {args.env_id} does not name what is to be remembered; "
+             "give it a remembered(), as envs/batch.py says, or take another --env-id")
+    if args.probe:
+        return make_envs(args, PROBED, training=False)
     if render_mode == "auto":
         render_mode = "ansi" if "ansi" in modes else "none"
     by_us = render_mode == "none" or (render_mode == "human" and "rgb_array" in modes)

@@ -198,6 +198,9 @@ class VisualMatchBatch(ThreePhases):
         r, c = self.draw(places["p"], rows)
         self.cells[rows, r, c] = self.colours[rows, self.target[rows]]
 
+    def remembered(self):
+        return {"colour": self.colours[np.arange(self.num_envs), self.target].astype(int) - RED}
+
     def reward_room(self, rows):
         _, places = DOORS
         self.enter(rows, DOORS)
@@ -241,6 +244,9 @@ class KeyToDoorBatch(ThreePhases):
         self.cells[rows, r, c] = KEY
         for flags in (self.has_key, self.opened, self.opens, self.indicator):
             flags[rows] = False
+
+    def remembered(self):
+        return {"key": self.has_key.astype(int)}
 
     def reward_room(self, rows):
         _, places = LOCKED

@@ -110,7 +110,18 @@ def parse(Args, script, argv=None):
         path = f"--model {args.model}" if args.model is not None else f"--resume {args.resume}"
         args = command_line(Args, argv, default=args_of(Args, saved, path))
     refuse_what_is_out_of_range(args)
+    refuse_to_look_into_nothing(args)
     return args, saved
+
+
+def refuse_to_look_into_nothing(args):
+    for name in ("show_memory", "forget_at", "probe"):
+        if getattr(args, name) and args.model is None:
+            fail(f"--{name.replace('_', '-')} looks into a trained agent: name one by --model")
+    if args.show_memory and args.render_mode != "rgb_array":
+        fail("--show-memory makes a film: add --render-mode rgb_array")
+    if args.probe and args.show_memory:
+        fail("--probe plays many episodes that nobody watches: leave out --show-memory")
 
 
 def refuse_what_is_out_of_range(args):

@@ -14,13 +14,14 @@ LIMIT = 100_000  # steps of an episode, where the task does not set a longer one
 
 
 @torch.no_grad()
-def play(agent, envs, episodes, seed, show=lambda: None):
+def play(agent, envs, episodes, seed, show=lambda: None, forget_at=0):
     """Plays without exploring. Returns [3, episodes]: return, length and success (nan: not defined) of each.
 
     agent: has memory.initial_state(N) and act(obs, state, start); with a `wipe_state_every` it also forgets
     after so many steps. Every environment plays its share: stopping at the first `episodes` to finish would
     favour short ones. An episode without an end counts as it stands after LIMIT steps, or after the
-    task's own limit if that is longer.
+    task's own limit if that is longer. forget_at: a step of every episode, counted from 0, which the agent
+    meets with an empty memory; 0: none
     """
     N, device = envs.num_envs, next(agent.parameters()).device
     left = np.bincount(np.arange(episodes) % N, minlength=N)    # [N] episodes to play
@@ -33,6 +34,9 @@ def play(agent, envs, episodes, seed, show=lambda: None):
         show()
         if wipe_every:
             start = start | (lengths % wipe_every == 0)
+        if forget_at:
+            rows = torch.as_tensor(lengths == forget_at, device=device)
+            state = wiped(state, agent.memory.initial_state(N), rows)
         obs = to_tensors(envs.single_observation_space, obs, device)
         action, state = agent.act(obs, state, torch.as_tensor(start, device=device))
         obs, reward, terminated, truncated, infos = envs.step(action)
@@ -52,6 +56,12 @@ def play(agent, envs, episodes, seed, show=lambda: None):
     return np.array(results).T                              # [3, episodes]
 
 
+def wiped(state, empty, rows):
+    """The state [N, ...], with these rows [N] of the empty one."""
+    shapes = [(-1,) + (1,) * (s.dim() - 1) for s in state]
+    return tuple(torch.where(rows.view(shape), e, s) for shape, e, s in zip(shapes, empty, state))
+
+
 def limit_of(envs):
     """The time limit that Gymnasium puts on an episode; 0: none."""
     env, *_ = getattr(envs.unwrapped, "envs", [envs])
@@ -59,7 +69,16 @@ def limit_of(envs):
 
 
 def enjoy(agent, envs, args):
-    """Plays --episodes of one environment; prints text frames, or writes a GIF beside the model."""
+    """Plays --episodes of one environment; prints text frames, or writes a GIF beside the model.
+
+    --show-memory, --forget-at and --probe look inside; what draws for them is imported only then.
+    """
+    if args.probe:
+        from models.probe import probe
+        return probe(agent, envs, args)
+    if args.show_memory or args.forget_at:
+        from models.watch import watch
+        return watch(agent, envs, args)
     frames, results = [], []
 
     def show():
@@ -97,5 +116,5 @@ def film(agent, envs, path, seed):
 
 
 def write_gif(path, frames, envs):
-    milliseconds = 1000 / envs.metadata.get("render_fps", 10)                           # of a frame
+    milliseconds = min(1000 / envs.metadata.get("render_fps", 10), 50_000 / len(frames))    # of a frame
     write(path, lambda beside: imageio.mimsave(beside, frames, "GIF", duration=milliseconds, loop=0))

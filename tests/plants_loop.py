@@ -787,3 +787,49 @@ def flags_of_a_file_win():
        "test_coming_from.py::test_flags_of_others_are_refused_and_name_the_script[ppo_recurrent_tbb]")
 def flags_of_another_script():
     importlib.import_module("models.begin_with").refuse_flags_of_another = lambda *args: None
+
+
+# ---------------------------------------------------------------------- looking into an agent
+
+@plant("a wipe leaves the state as it is", "models/play.py, play",
+       "test_watch.py::test_a_wiped_state_costs_the_tmaze_agent_its_return_and_a_memoryless_one_nothing")
+def wipe_that_wipes_nothing():
+    importlib.import_module("models.play").wiped = lambda state, empty, rows: state
+
+
+@plant("a wipe empties the state of every environment", "models/play.py, wiped",
+       "test_watch.py::test_only_the_rows_that_are_at_the_step_are_wiped")
+def wipe_of_every_row():
+    importlib.import_module("models.play").wiped = lambda state, empty, rows: empty if rows.any() else state
+
+
+@plant("the readout is tested on the episodes that it was fitted to", "models/probe.py, accuracy",
+       "test_watch.py::test_a_readout_is_linear_knows_an_order_and_is_tested_on_what_it_was_not_fitted_to")
+def readout_tested_on_what_it_was_fitted_to():
+    probe = importlib.import_module("models.probe")
+
+    def twice(accuracy, x, y):
+        half = len(x) // 2
+        return accuracy(np.concatenate([x[:half]] * 2), np.concatenate([y[:half]] * 2))
+    wrap(probe, "accuracy", twice)
+
+
+@plant("what is drawn as forgetting is the GRU's reset gate", "models/insight.py, note_rnn",
+       "test_watch.py::test_what_is_kept_is_what_a_difference_of_states_is_multiplied_with[gru]")
+def reset_gate_for_the_update_gate():
+    def linear(x, w, b):
+        reset, update, new = torch.nn.functional.linear(x, w, b).chunk(3, dim=-1)
+        return torch.cat([update, reset, new], dim=-1)
+    importlib.import_module("models.insight").F = types.SimpleNamespace(linear=linear)
+
+
+@plant("attention is drawn of keys that are not rotated", "models/insight.py, note_attention",
+       "test_watch.py::test_attention_is_what_the_transformer_multiplies_its_values_with")
+def attention_without_positions():
+    insight, gpt = importlib.import_module("models.insight"), importlib.import_module("models.gpt")
+
+    def without(note, steps, block, args, out):
+        x, keys, values, mask, turns = args
+        return note(steps, block, (x, keys, values, mask, torch.ones_like(turns)), out)
+    note = insight.NOTED[gpt.Block]
+    insight.NOTED[gpt.Block] = lambda *args: without(note, *args)

@@ -35,6 +35,10 @@ BAD = {
     "--model nowhere.safetensors": "does not exist",
     "--model README.md": "cannot be read",
     "--resume nowhere": "does not exist",
+    "--forget-at 12": "name one by --model",
+    "--forget-at -1": "--forget-at",
+    "--probe": "name one by --model",
+    "--show-memory": "name one by --model",
 }
 BAD_LEARNING_RATE = {
     "--learning-rate 1 1 1 1 1": "--learning-rate",
