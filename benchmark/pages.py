@@ -298,8 +298,8 @@ def every_task_summary(rows):
 
 def popgym_table(rows):
     """popgym-full.csv: the best recipe of every task, beside what is published."""
-    header = ("task", "script, memory", "steps", "seconds a run", "at the end, greedy", "greatest mean",
-              "published GRU", "best of 13", "with the rules")
+    header = ("task", "script, memory", "steps", "seconds a run", "at the end, greedy", "exploring",
+              "greatest mean", "published GRU", "best of 13", "with the rules")
     published = {row["task"]: row for row in rows_of(RESULTS / "popgym-published.csv")}
     limits = {row["task"]: f"{float(row['return']):.3f}" for row in rows_of(RESULTS / "popgym-limits.csv")}
     best, cells = {}, []                                    # {task: its runs}
@@ -308,13 +308,14 @@ def popgym_table(rows):
             best.setdefault(row["task"], []).append(row)
     most = max(map(len, best.values()))
     for task, runs in best.items():
-        final, mmer = (
-            mean_cell([float(row[name]) for row in runs], most, digits=3) for name in ("final", "mmer"))
+        scores = (
+            mean_cell([float(row[name]) for row in runs], most, digits=3)
+            for name in ("final", "exploring", "mmer"))
         script = runs[0]["script"].split("_")[0].upper()
         theirs = published.get(task, {"gru": "-", "best": "-", "model": ""})
         cells.append([
             task, f"{script}, {runs[0]['memory']}", f"{int(runs[0]['steps']):,}",
-            from_to([int(row["seconds"]) for row in runs], ","), final, mmer,
+            from_to([int(row["seconds"]) for row in runs], ","), *scores,
             theirs["gru"], f"{theirs['best']} {theirs['model']}".strip(), limits.get(task, "-")])
     return markdown(header, cells)
 

@@ -5,8 +5,9 @@
 
 Writes
     popgym-full.csv           a row a run: mmer is the greatest mean return of 100 training episodes, POPGym's
-                              measure, of the policy that explores; final is the last evaluation, of the one
-                              that does not; recipe is "best", or "1M": a million steps with this memory
+                              measure, and exploring is the last of them, both of the policy that explores;
+                              final is the last evaluation, of the one that does not; recipe is "best", or
+                              "1M": a million steps with this memory
     popgym-full-curves.csv    the evaluations of the best recipes
 
 Rows that were there before stay. Everything else is made from these two files and popgym-published.csv:
@@ -72,7 +73,7 @@ def read_run(folder, entry):
         for row in rows if row["eval/episodic_return"]]
     return run | {
         "steps": rows[-1]["global_step"], "seconds": f"{float(rows[-1]['seconds']):.0f}",
-        "mmer": f"{max(returns):.4f}", "final": evaluations[-1]["return"],
+        "mmer": f"{max(returns):.4f}", "exploring": f"{returns[-1]:.4f}", "final": evaluations[-1]["return"],
         "recipe": "best" if column == "best" else "1M"}, evaluations
 
 
@@ -122,6 +123,7 @@ def draw_families(curves, out, columns=4):
         for level, rows in levels.items():
             draw_curves(axis, rows, "global_step", label=level, color=LEVELS[level])
         axis.set_title(family, fontsize=8)
+        axis.ticklabel_format(axis="x", style="plain")
     axes[0][0].legend()
     figure.supxlabel("environment steps", fontsize=8)
     figure.supylabel("return without exploring, mean and range of the seeds", fontsize=8)
