@@ -102,6 +102,7 @@ def draw_tasks(table, published, out):
     axis.plot([], [], "o", color="C0", label="ours at the end, without exploring, a point a seed")
     axis.plot([], [], "|", color="C3", markersize=9, label="published: best of 13 memories, by greatest mean")
     axis.set_yticks(range(len(scores)), list(scores), fontsize=6)
+    axis.tick_params(axis="x", labelsize=7)
     axis.set_xlabel("return", fontsize=8)
     axis.invert_yaxis()
     figure.legend(loc="outside upper center")
@@ -123,7 +124,7 @@ def draw_families(curves, out, columns=4):
         for level, rows in levels.items():
             draw_curves(axis, rows, "global_step", label=level, color=LEVELS[level])
         axis.set_title(family, fontsize=8)
-        axis.ticklabel_format(axis="x", style="plain")
+        axis.xaxis.set_major_formatter(lambda steps, _: f"{steps / 1e6:g}M")
     axes[0][0].legend()
     figure.supxlabel("environment steps", fontsize=8)
     figure.supylabel("return without exploring, mean and range of the seeds", fontsize=8)
