@@ -50,7 +50,7 @@ NUMBERS = dict(env_id="Numbers-v0", env_kwargs={}, prev_action=False)
 def watched(tmp_path, monkeypatch, script, every=1, **changes):
     """Trains, and returns one record a gradient step, and the rows of progress.csv.
 
-    every: of so many gradient steps only the last has a record, for copies take longer than training. It holds:
+    every: of so many gradient steps only the last has a record: copies take longer than training. It holds:
 
     agent, target   copies of the networks as they were before the step
     batch           what was drawn

@@ -428,10 +428,10 @@ def test_episodes_longer_than_the_replay_are_named(script, tmp_path, capsys):
     assert not (tmp_path / "run").exists()                  # nothing was learned
 
 
-@pytest.mark.parametrize("memory, low, high", [("lru", 0.9, 1.0), ("none", -0.7, -0.2)])
-def test_it_learns_what_needs_memory_and_not_without(script, tmp_path, memory, low, high):
+def test_it_does_not_learn_what_needs_memory_without(script, tmp_path):
+    """With memory: entries smoke-dqn-sbb and smoke-dqn-tbb, which the gate runs."""
     defaults = vars(script.Args())
     own = {name: x for name, x in defaults.items() if name not in ("run_name", "runs_dir", "device")}
-    changes = dict(memory=memory, total_timesteps=16_000, eval_every=16_000, eval_episodes=32)
+    changes = dict(memory="none", total_timesteps=8_000, eval_every=8_000, eval_episodes=32)
     rows, _ = run(tmp_path, script, **own | changes)
-    assert low <= float(rows[-1]["eval/episodic_return"]) <= high
+    assert -0.7 <= float(rows[-1]["eval/episodic_return"]) <= -0.2

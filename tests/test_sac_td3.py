@@ -575,7 +575,7 @@ def test_the_temperature_is_fixed_or_moves_entropy_to_its_target(tmp_path):
 @pytest.mark.parametrize("flags", [
     dict(policy_frequency=3, policy_learning_starts=200), dict(policy_frequency=1, policy_learning_starts=0)])
 def test_steps_of_the_gradient_are_as_ordered(script, tmp_path, monkeypatch, flags):
-    clipped = []                                            # how often, each step: critics, perhaps the policy
+    clipped = []                                            # how often in each step: 1 or 2 networks
     sample, clip = script.SequenceReplay.sample, torch.nn.utils.clip_grad_norm_
 
     def counting_sample(*args):
@@ -703,9 +703,9 @@ def test_a_cue_needs_the_first_step_in_targets(script, tmp_path):
     """The cue is in o_0, the action of step 1 is paid at step 3: only targets that know o_0 can tell."""
     task = dict(
         env_id="Cue-v0", env_kwargs={}, memory="gru", hidden_size=16, mlp_size=32, random_seq_length=False,
-        seq_len=4, always_sample_from_initial_state=True, batch_size=64, learning_starts=200,
-        policy_learning_starts=200, q_lr=(3e-3,), policy_lr=(3e-3,), alpha_lr=(3e-3,), alpha=0.1, tau=0.05,
-        num_envs=16, train_every=64, replay_ratio=0.2, total_timesteps=4_000, log_every=1_000,
+        seq_len=4, always_sample_from_initial_state=True, batch_size=32, learning_starts=200,
+        policy_learning_starts=200, q_lr=(1e-2,), policy_lr=(1e-2,), alpha_lr=(1e-2,), alpha=0.1, tau=0.1,
+        num_envs=16, train_every=64, replay_ratio=0.2, total_timesteps=2_500, log_every=1_250,
         buffer_size=10_000)
     success = {}
     for include in (True, False):
