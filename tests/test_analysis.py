@@ -315,6 +315,18 @@ def test_devices_are_timed_on_what_the_table_says(run):
         assert args.total_timesteps == 2 * args.num_envs * args.num_steps
 
 
+def test_pqn_is_timed_beside_ppo_at_equal_work(tmp_path):
+    """Both take the flags, with as many steps in a rollout, epochs and minibatches."""
+    flags = speed.argv(speed.rollout_flags(speed.Args(), "repeat") | {"memory": "lru"})
+    both = [importlib.import_module(name) for name in ("pqn_recurrent_tbb", "ppo_recurrent_tbb")]
+    pqn, ppo = (parse(script.Args, script.SCRIPT, flags)[0] for script in both)
+    for flag in flags[::2]:
+        name = flag.removeprefix("--").replace("-", "_")
+        assert getattr(pqn, name) == getattr(ppo, name)
+    assert pqn.total_timesteps == 5 * pqn.num_envs * pqn.num_steps              # the first warms up
+    both[0].check(pqn)
+
+
 @pytest.mark.parametrize("name", speed.OFF_POLICY)
 def test_off_policy_runs_of_speed_train_as_often_and_on_as_many_steps_as_it_says(
         name, tmp_path, monkeypatch):
