@@ -87,7 +87,7 @@ def test_resume_equals_never_having_stopped(script, tmp_path, changes):
 
 def test_same_seed_same_numbers_another_seed_others(script, tmp_path):
     def numbers(name, seed):
-        rows, _ = run(tmp_path, script, run_name=name, seed=seed)
+        rows, _ = run(tmp_path, script, run_name=name, seed=seed, total_timesteps=2 * ROW)
         return comparable(rows)
 
     first = numbers("first", seed=1)
@@ -300,7 +300,7 @@ def test_capture_video_needs_a_task_that_draws(script, tmp_path, capsys):
 def test_every_kind_of_task_trains_and_plays(script, tmp_path, env_id, capsys):
     changes = dict(
         env_id=env_id, env_kwargs={}, prev_action=True, prev_reward=True,
-        eval_every=ROW, eval_episodes=2)
+        total_timesteps=2 * ROW, eval_every=ROW, eval_episodes=2)
     fits = ("Pendulum" in env_id) == (script.SCRIPT in CONTINUOUS)
     if script.SCRIPT not in PPO and not fits:
         with pytest.raises(SystemExit):
@@ -319,7 +319,9 @@ def test_every_kind_of_task_trains_and_plays(script, tmp_path, env_id, capsys):
 @pytest.mark.parametrize("kwargs", [{}, {"views": False}, {"rgb": False}], ids=str)
 def test_views_images_and_symbols_train(script, tmp_path, kwargs):
     kwargs = {"max_steps": 30, **kwargs}
-    rows, _ = run(tmp_path, script, env_id="MinigridMemory-v0", env_kwargs=kwargs, encoder_size=16)
+    rows, _ = run(
+        tmp_path, script, env_id="MinigridMemory-v0", env_kwargs=kwargs, encoder_size=16,
+        total_timesteps=2 * ROW)
     assert first_difference(script, rows) < 1e-4
     if script.SCRIPT in OFF_POLICY:
         assert max(column(rows, "losses/grad_norm")) < 10
@@ -397,6 +399,7 @@ class NoEpisodes(gym.vector.VectorWrapper):
     "script, changes", cases(WITH_MULTIGPU, LEARNED, QUICK_LEARNED), indirect=["script"])
 def test_what_is_shared_cannot_change_what_is_learned(script, tmp_path, monkeypatch, changes):
     """The same weights to the bit without run folder, log, checkpoints, evaluations, films and episodes."""
+    changes = {"total_timesteps": 2 * ROW, **changes}
     _, folder = run(
         tmp_path, script, eval_every=ROW, eval_episodes=3, checkpoint_every=ROW, capture_video=True,
         **changes)
