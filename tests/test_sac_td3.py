@@ -705,7 +705,7 @@ def test_a_cue_needs_the_first_step_in_targets(script, tmp_path):
         env_id="Cue-v0", env_kwargs={}, memory="gru", hidden_size=16, mlp_size=32, random_seq_length=False,
         seq_len=4, always_sample_from_initial_state=True, batch_size=32, learning_starts=200,
         policy_learning_starts=200, q_lr=(1e-2,), policy_lr=(1e-2,), alpha_lr=(1e-2,), alpha=0.1, tau=0.1,
-        num_envs=16, train_every=64, replay_ratio=0.2, total_timesteps=2_500, log_every=1_250,
+        num_envs=16, train_every=64, replay_ratio=0.2, total_timesteps=3_072, log_every=512,
         buffer_size=10_000)
     success = {}
     for include in (True, False):
