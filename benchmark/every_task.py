@@ -5,9 +5,10 @@
     python benchmark/every_task.py --ids CartPole-v1 'LunarLander-v3 {"continuous": true}'
 
 Each id is tried in a process of its own, so that a crash costs one row. There ppo_recurrent_tbb trains on it,
-then dqn_recurrent_tbb where the actions are discrete, or sac_gru where they are a Box, with small networks;
-every model that was saved is loaded and played. The replays draw ended episodes: for these two, and for
-playing, episodes are cut after 64 steps. --ids renews these rows of the table and leaves the others.
+then pqn_recurrent_tbb and dqn_recurrent_tbb where the actions are discrete, or sac_gru where they are a Box,
+with small networks; every model that was saved is loaded and played. The replays draw ended episodes: for DQN
+and SAC, and for playing, episodes are cut after 64 steps. --ids renews these rows of the table and leaves the
+others.
 
 Rows of benchmark/results/every-task.csv: the spaces, as the task itself has them; the steps per second of the
 plain environment, one of it made by gym.make without its checker (of our batches 256), random actions
@@ -37,6 +38,7 @@ sys.path.insert(0, str(ROOT))
 
 import dqn_recurrent_tbb  # noqa: E402
 import ppo_recurrent_tbb  # noqa: E402
+import pqn_recurrent_tbb  # noqa: E402
 import sac_gru  # noqa: E402
 from envs.memory_gym import TASKS as MEMORY_GYM  # noqa: E402
 from envs.vector import has_batch, import_module_of  # noqa: E402
@@ -90,7 +92,7 @@ SMALL = [
 REPLAY = [
     "--buffer-size", "2048", "--learning-starts", "512", "--train-every", "64",
     "--replay-ratio", "0.02", "--log-every", "64"]
-PPO = ["--num-steps", "64", "--num-minibatches", "2", "--update-epochs", "1"]
+ROLLOUTS = ["--num-steps", "64", "--num-minibatches", "2", "--update-epochs", "1"]
 DQN, SAC = [*REPLAY, "--tape-len", "64"], [*REPLAY, "--policy-learning-starts", "512", "--batch-size", "8"]
 
 
@@ -171,8 +173,9 @@ def batch_speed(env_id, kwargs, num_envs=256, seconds=0.5):
 
 def scripts_for(actions):
     """The scripts whose actions these are, with their flags."""
-    fitting = (sac_gru, SAC) if isinstance(actions, gym.spaces.Box) else (dqn_recurrent_tbb, DQN)
-    return (ppo_recurrent_tbb, PPO), fitting
+    if isinstance(actions, gym.spaces.Box):
+        return (ppo_recurrent_tbb, ROLLOUTS), (sac_gru, SAC)
+    return (ppo_recurrent_tbb, ROLLOUTS), (pqn_recurrent_tbb, ROLLOUTS), (dqn_recurrent_tbb, DQN)
 
 
 def train_and_play(script, flags, task, steps, folder):
@@ -181,7 +184,7 @@ def train_and_play(script, flags, task, steps, folder):
     limit = {} if env_id in OURS else {"max_episode_steps": LIMIT}              # ours are short enough
     whole, cut = json.dumps(kwargs), json.dumps(kwargs | limit)
     script.main([
-        "--env-id", env_id, "--env-kwargs", whole if script is ppo_recurrent_tbb else cut, *SMALL, *flags,
+        "--env-id", env_id, "--env-kwargs", whole if flags == ROLLOUTS else cut, *SMALL, *flags,
         "--total-timesteps", str(steps), "--runs-dir", folder, "--run-name", script.SCRIPT])
     run = Path(folder) / script.SCRIPT
     *_, last = csv.DictReader((run / "progress.csv").open())

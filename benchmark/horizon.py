@@ -15,7 +15,9 @@ value and the policy of step t depend on what was seen k steps before: |d value_
     policy_t    PPO and SAC-Discrete: the largest output of the policy's last layer, for its probability is
                 flat where the policy is sure. SAC and TD3: the mean of the action's first number before the
                 tanh, which is flat at the bounds. PQN and DQN: none, Q is their policy
-A dotted line is the number of steps that training's gradient could flow through, unless it was the episode.
+Where the task gives an action mask, only allowed actions count: nothing corrects what a forbidden one would
+give. A dotted line is the number of steps that training's gradient could flow through, unless it was the
+episode.
 
 --sweep plays the task again with other values of one of its arguments, or other tasks, and draws the return
 (and the success, where the task defines it) against them: recall against delay, past the delay of training.
@@ -27,6 +29,7 @@ Writes horizon.csv and horizon.png (sweep.csv and sweep.png) beside the (first) 
 """
 import collections
 import csv
+import functools
 import importlib
 import json
 import math
@@ -47,6 +50,7 @@ from models import to_tensors  # noqa: E402
 from models.command_line import command_line  # noqa: E402
 from models.files import make_out  # noqa: E402
 from models.flags import fail, parse, read_model  # noqa: E402
+from models.heads import ActionValues  # noqa: E402
 from models.play import play  # noqa: E402
 from models.run_folder import make_agent  # noqa: E402
 
@@ -63,26 +67,32 @@ class Args:
 
 # ------------------------------------------------ what is drawn of every step, [T, B] each
 # y_policy, y_critics: what the memories give, [T, B, H] each; the same if there is one memory
+# mask: the allowed actions, [T, B, A]; None where the task gives no mask
 
-def of_ppo(agent, y_policy, y_critics):
+def of_ppo(agent, y_policy, y_critics, mask=None):
     logits = agent.policy.linear(agent.policy_hidden(y_policy).relu())          # [T, B, A]
     value = agent.value(agent.value_hidden(y_critics).relu()).squeeze(-1)
-    return {"value": value, "policy": logits.amax(-1)}
+    return {"value": value, "policy": largest(logits, mask)}
 
 
-def of_dqn(agent, y_policy, y_critics):
-    q = agent.q(agent.hidden(y_critics).relu())
+def of_dqn(agent, y_policy, y_critics, mask=None):
+    q = agent.q(agent.hidden(y_critics).relu(), mask)
     return {"value": q.of(q.greedy())}
 
 
-def of_sac_discrete(agent, y_policy, y_critics):
+def of_sac_discrete(agent, y_policy, y_critics, mask=None):
     *hidden, head = agent.policy
     logits = head.linear(nn.Sequential(*hidden)(y_policy))  # [T, B, A]
-    q = map(torch.minimum, agent.q1(y_critics).branches, agent.q2(y_critics).branches)
-    return {"value": sum(branch.amax(-1) for branch in q), "policy": logits.amax(-1)}
+    q1, q2 = (torch.cat(critic(y_critics).branches, dim=-1) for critic in (agent.q1, agent.q2))
+    q = ActionValues(torch.minimum(q1, q2), agent.q1[-1].sizes, mask)
+    return {"value": q.of(q.greedy()), "policy": largest(logits, mask)}
 
 
-def of_continuous(agent, y_policy, y_critics):
+def largest(logits, mask):
+    return (logits if mask is None else logits.masked_fill(~mask, -torch.inf)).amax(-1)
+
+
+def of_continuous(agent, y_policy, y_critics, mask=None):
     means = agent.policy(y_policy)[..., : len(agent.low)]   # [T, B, A], then come SAC's log-stds
     value = torch.minimum(*agent.critics(y_critics, means.tanh().detach()))
     return {"value": value, "policy": means[..., 0]}
@@ -113,8 +123,9 @@ def trunks_of(agent):
 
 @torch.no_grad()
 def record(agent, envs, seed, steps):
-    """Features [T, 1, F] of `steps` steps, of each trunk, and starts [T, 1]: where the memory forgets."""
-    trunks, features, starts = trunks_of(agent), [], []
+    """Features [T, 1, F] of `steps` steps, of each trunk, starts [T, 1], where the memory forgets, and the
+    allowed actions [T, 1, A], None where the task gives no mask."""
+    trunks, features, starts, masks = trunks_of(agent), [], [], []
     state, length = agent.memory.initial_state(1), 0
     wipe_every = getattr(agent, "wipe_state_every", 0)
     start = torch.ones(1, dtype=torch.bool)
@@ -125,6 +136,7 @@ def record(agent, envs, seed, steps):
         obs = to_tensors(envs.single_observation_space, obs, "cpu")             # leaves of [1, ...]
         features.append([trunk.encoder(obs) for trunk in trunks])
         starts.append(start & getattr(agent, "reset_state", True))
+        masks.append(trunks[0].encoder.mask(obs))
         action, state = agent.act(obs, state, start)
         obs, _, terminated, truncated, _ = envs.step(action)
         length += 1
@@ -132,7 +144,8 @@ def record(agent, envs, seed, steps):
         if start:
             obs, _ = envs.reset()
             length = 0
-    return [torch.stack(xs) for xs in zip(*features)], torch.stack(starts)
+    mask = None if masks[0] is None else torch.stack(masks)
+    return [torch.stack(xs) for xs in zip(*features)], torch.stack(starts), mask
 
 
 def outputs(of, agent, xs, start):
@@ -301,8 +314,8 @@ def main(argv=None):
     make_out(out)
     if options.sweep:
         return draw_sweep(options, out)
-    of = OUTPUTS[script_of(options.model[0]).SCRIPT]
-    xs, start = record(agent, envs, args.seed, options.steps)
+    xs, start, mask = record(agent, envs, args.seed, options.steps)
+    of = functools.partial(OUTPUTS[script.SCRIPT], mask=mask)
     targets = np.linspace(options.steps // 4, options.steps - 1, options.targets).astype(int)
     curves = sensitivity(of, agent, xs, start, targets)
     K = int(curves[0].isfinite().sum())

@@ -29,7 +29,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OPENING = re.compile(r"^<!-- ([^/\s]\S*) -->\n(?!```)", re.MULTILINE)
 NOTE = re.compile(r"^ *# (KNOWN BUG|PITFALL|DEVIATION)\b((?:.*\n)(?: *#  .*\n)*)", re.MULTILINE)
 LEVEL = re.compile(r"(Easy|Medium|Hard)(?=-v\d)")           # of a task of POPGym
-FAMILIES = {"ppo_recurrent_tbb": "PPO", "dqn_recurrent_tbb": "DQN", "sac_gru": "SAC"}
+FAMILIES = {
+    "ppo_recurrent_tbb": "PPO", "pqn_recurrent_tbb": "PQN", "dqn_recurrent_tbb": "DQN", "sac_gru": "SAC"}
 NOT_AXES = "seed", "last", "steps", "seconds"  # columns of a grid's table
 
 # what works, for somebody who decides within a minute: (entry, its task, its level if it is of a grid)
@@ -189,6 +190,16 @@ def speed_table(rows):
         cells.append([
             task, f"{row['script']}, {memory_of(row)}", row["threads"], f"{int(row['ours']):,}",
             f"{int(row['sb3']):,}", row["ratio"], shares_of(row)])
+    return markdown(header, cells)
+
+
+def pqn_speed_table(rows):
+    """pqn-speed.csv: PQN against our PPO."""
+    header = ("memory", "PQN, steps/s", "PPO, steps/s", "ratio", "acting, us a step: PQN, PPO",
+              "updates, us a step: PQN, PPO", "policy, env, batch, update of PQN")
+    cells = [[memory_of(row), f"{int(row['pqn']):,}", f"{int(row['ppo']):,}", row["ratio"],
+              *(f"{row[f'pqn_{part}_us']}, {row[f'ppo_{part}_us']}" for part in ("policy", "update")),
+              shares_of(row)] for row in rows]
     return markdown(header, cells)
 
 
@@ -477,6 +488,7 @@ TABLES = {                                                  # {name: (file, func
     "results": (RESULTS / "table.csv", entries_table),
     "models": (ROOT / "benchmark/models/models.csv", models_table),
     "speed": (RESULTS / "speed.csv", speed_table),
+    "pqn-speed": (RESULTS / "pqn-speed.csv", pqn_speed_table),
     "dqn-speed": (RESULTS / "dqn-speed.csv", dqn_speed_table),
     "devices": (RESULTS / "devices.csv", devices_table),
     "off-policy-speed": (RESULTS / "off-policy-speed.csv", off_policy_speed_table),

@@ -4,6 +4,7 @@
     python benchmark/speed.py --tasks poc cartpole minigrid --repeats 3
     python benchmark/speed.py --tasks repeat --ours sbb:lstm tbb:lstm tbb:lru tbb:mingru
     python benchmark/speed.py --memories                             one layer of every memory
+    python benchmark/speed.py --pqn lru mingru lstm                  PQN against our PPO on the same tape
     python benchmark/speed.py --dqn tbb:lru tbb:ffm sbb:lru          double DQN at memory-monoids' sizes
     python benchmark/speed.py --dqn sbb:lstm sbb:gpt --length 250    on 64 whole episodes at Memory-RL's sizes
     python benchmark/speed.py --off-policy sac_gru:gru sac_gru:none  against stable-baselines3 without memory
@@ -15,6 +16,9 @@ optimiser steps and torch threads. It prints steps per second without the first 
 ratio of the medians, and where our time goes. On MinigridMemory "equal work" includes a difference by design:
 our encoder convolves each distinct view of a batch once, theirs every image. --separate-lstm gives
 RecurrentPPO its default instead, a second LSTM for the critic: more work, but what a user gets.
+
+--pqn: both learn RepeatPrevious with one memory, from rollouts of one size, in equal epochs and minibatches.
+What differs is the loss, and that PPO has two hidden layers and heads, for policy and value.
 
 --off-policy: the floor of the algorithm is stable-baselines3's SAC, TD3 or DQN on the same task, with as many
 environments, gradient steps per step and transitions per gradient step, and a hidden layer in place of the
@@ -88,6 +92,7 @@ class Args:
     threads: int = 1  # torch threads
     memories: bool = False  # time the layers of --layer-size instead
     layer_size: int = 128  # H of --memories
+    pqn: tuple[str, ...] = ()  # time PQN with these memories against our PPO instead
     dqn: tuple[str, ...] = ()  # time double DQN instead: script:memory, a memory of DQN_MEMORIES
     off_policy: tuple[str, ...] = ()  # time these against stable-baselines3: script:memory
     devices: tuple[str, ...] = ()  # time the same trainings on each of these instead
@@ -106,7 +111,7 @@ def ours(args, script, flags):
     """One training, from its own progress.csv, without the first row that learns: it warms up.
 
     Returns environment steps per second, ms of a gradient step (drawing its batch not included), us of acting
-    for an environment step, and each phase's share of the time.
+    and of updates for an environment step, and each phase's share of the time.
     """
     with tempfile.TemporaryDirectory() as folder:
         more = {"num-threads": args.threads, "runs-dir": folder, "run-name": "speed"}
@@ -119,11 +124,11 @@ def ours(args, script, flags):
     spent = {phase: sum(float(row[f"time/{phase}"]) for row in rows) for phase in phases}
     seconds = sum(spent.values())
     steps = int(rows[-1]["global_step"]) - int(first["global_step"])
-    counted = "charts/gradient_steps"                       # PPO does not count them
+    counted = "charts/gradient_steps"                       # PPO and PQN do not count them
     updates = float(rows[-1].get(counted, "nan")) - float(first.get(counted, "nan"))
     return {
         "steps_per_second": steps / seconds, "update_ms": 1e3 * spent["update"] / updates,
-        "policy_us": 1e6 * spent["policy"] / steps,
+        "policy_us": 1e6 * spent["policy"] / steps, "update_us": 1e6 * spent["update"] / steps,
         **{f"share_{phase}": spent[phase] / seconds for phase in phases}}
 
 
@@ -275,15 +280,20 @@ def run_sb3(args):
 
 # ---------------------------------------------------------------- what is timed
 
+def rollout_flags(args, task):
+    """Of PPO and PQN on a task of TASKS."""
+    env_id, kwargs, N, T, minibatches, hidden, mlp, encoder, updates = TASKS[task]
+    return {
+        "env-id": env_id, "env-kwargs": json.dumps(kwargs), "num-envs": N, "num-steps": T,
+        "update-epochs": 4, "num-minibatches": minibatches, "num-layers": args.num_layers,
+        "hidden-size": hidden, "mlp-size": mlp, "encoder-size": encoder,
+        "total-timesteps": (updates + 1) * N * T}
+
+
 def time_ppo(args):
     """Our PPO against RecurrentPPO: steps per second, their ratio, where our time goes; medians."""
     for task in args.tasks:
-        env_id, kwargs, N, T, minibatches, hidden, mlp, encoder, updates = TASKS[task]
-        flags = {
-            "env-id": env_id, "env-kwargs": json.dumps(kwargs), "num-envs": N, "num-steps": T,
-            "update-epochs": 4, "num-minibatches": minibatches, "num-layers": args.num_layers,
-            "hidden-size": hidden, "mlp-size": mlp, "encoder-size": encoder,
-            "total-timesteps": (updates + 1) * N * T}
+        flags = rollout_flags(args, task)
         names = [name.split(":") for name in args.ours]
         commands = [
             (f"ppo_recurrent_{script}", flags | {"memory": memory}) for script, memory in names]
@@ -295,6 +305,20 @@ def time_ppo(args):
                 "threads": args.threads, "separate_lstm": args.separate_lstm, "n": args.repeats,
                 "ours": round(median["steps_per_second"]), "sb3": round(sb3["steps_per_second"]),
                 "ratio": round(ratio, 2), **shares(median, lambda x: round(x, 2))})
+
+
+def time_pqn(args):
+    """PQN against our PPO on the tape: steps per second, us a step of acting and of updates; medians."""
+    for memory in args.pqn:
+        flags = rollout_flags(args, "repeat") | {"memory": memory}
+        pqn, ppo = in_turn(args, [("pqn_recurrent_tbb", flags), ("ppo_recurrent_tbb", flags)])
+        append(args.out, {
+            "memory": memory, "layers": args.num_layers, "threads": args.threads, "n": args.repeats,
+            "pqn": f"{pqn['steps_per_second']:.0f}", "ppo": f"{ppo['steps_per_second']:.0f}",
+            "ratio": f"{pqn['steps_per_second'] / ppo['steps_per_second']:.2f}",
+            "pqn_policy_us": f"{pqn['policy_us']:.1f}", "ppo_policy_us": f"{ppo['policy_us']:.1f}",
+            "pqn_update_us": f"{pqn['update_us']:.1f}", "ppo_update_us": f"{ppo['update_us']:.1f}",
+            **shares(pqn, lambda x: f"{x:.2f}")})
 
 
 def off_policy_flags(args, script, memory):
@@ -438,6 +462,9 @@ def check(args):
             if script not in scripts or memory not in memories:
                 fail(f"--{name.replace('_', '-')} {pair} must be script:memory, with one of "
                      f"{', '.join(scripts)} and one of {', '.join(memories)}")
+    for memory in args.pqn:
+        if memory not in MEMORIES:
+            fail(f"--pqn {memory or EMPTY} is not one of {', '.join(MEMORIES)}")
     for task in args.tasks:
         if task not in TASKS:
             fail(f"--tasks {task} is not one of {', '.join(TASKS)}")
@@ -471,6 +498,8 @@ def main(argv=None):
         run_sb3(args)
     elif args.memories:
         time_layers(args)
+    elif args.pqn:
+        time_pqn(args)
     elif args.dqn:
         time_dqn(args)
     elif args.off_policy:

@@ -59,6 +59,13 @@ def run_test(test, plant=""):
         return os.waitstatus_to_exitcode(status), output.read(), time.time() - begin
 
 
+def import_once():
+    """The program and pytest's plugins, here and not in each fork."""
+    for module in (*SCRIPTS, "hypothesis", "_hypothesis_pytestplugin", "xdist.plugin"):
+        importlib.import_module(module)
+    gc.freeze()                                             # forks do not look for garbage in it
+
+
 def can_be_planted(plant):
     """Whether the code that it changes is still there."""
     child = os.fork()
@@ -92,9 +99,7 @@ def main(words):
     if not chosen:
         print("no plant has such a name: see --list", file=sys.stderr)
         return 2
-    for module in (*SCRIPTS, "hypothesis", "_hypothesis_pytestplugin", "xdist.plugin"):
-        importlib.import_module(module)                     # once here, not once in each fork
-    gc.freeze()                                             # forks do not look for garbage in it
+    import_once()
     sound, survivors, begin = {}, 0, time.time()            # sound: does it pass with nothing planted
     print("| name | planted | where | test | seconds |\n|---|---|---|---|---|", flush=True)
     for name, (what, where, test, _) in chosen.items():

@@ -47,8 +47,10 @@ gym.register("Numbers-v0", Numbers, vector_entry_point=NumbersBatch)
 NUMBERS = dict(env_id="Numbers-v0", env_kwargs={}, prev_action=False)
 
 
-def watched(tmp_path, monkeypatch, script, **changes):
-    """Trains, and returns one record a gradient step, and the rows of progress.csv. A record holds:
+def watched(tmp_path, monkeypatch, script, every=1, **changes):
+    """Trains, and returns one record a gradient step, and the rows of progress.csv.
+
+    every: of so many gradient steps only the last has a record: copies take longer than training. It holds:
 
     agent, target   copies of the networks as they were before the step
     batch           what was drawn
@@ -58,7 +60,7 @@ def watched(tmp_path, monkeypatch, script, **changes):
     after           agent and target after the step
     gradients       what is then left in .grad, by name
     """
-    seen, made = [], {}
+    seen, made, drawn = [], {}, []
     replay = getattr(script, "SequenceReplay", None) or script.Replay
     sample, clip, make_agent = replay.sample, torch.nn.utils.clip_grad_norm_, script.make_agent
 
@@ -70,22 +72,29 @@ def watched(tmp_path, monkeypatch, script, **changes):
         made["target"] = copy.deepcopy(x)
         return made["target"]
 
+    def recorded():
+        """Whether this gradient step is."""
+        return len(drawn) % every == 0
+
     def recording_sample(*args):
         batch = sample(*args)
-        agent, target = copy.deepcopy((made["agent"], made["target"]))
-        seen.append(types.SimpleNamespace(
-            agent=agent, target=target, batch=batch, random=torch.get_rng_state(), clipped=[]))
+        drawn.append(batch)
+        if recorded():
+            agent, target = copy.deepcopy((made["agent"], made["target"]))
+            seen.append(types.SimpleNamespace(
+                agent=agent, target=target, batch=batch, random=torch.get_rng_state(), clipped=[]))
         return batch
 
     def recording_clip(parameters, max_norm):
         parameters = list(parameters)
-        seen[-1].clipped.append([zeros_for_none(p.grad, p).clone() for p in parameters])
-        seen[-1].late = copy.deepcopy(made["agent"])
+        if recorded():
+            seen[-1].clipped.append([zeros_for_none(p.grad, p).clone() for p in parameters])
+            seen[-1].late = copy.deepcopy(made["agent"])
         return clip(parameters, max_norm)
 
     class RecordingRun(script.Run):
         def lap(self, name):
-            if name == "update":
+            if name == "update" and recorded():
                 seen[-1].after = copy.deepcopy((made["agent"], made["target"]))
                 parameters = made["agent"].named_parameters()
                 seen[-1].gradients = {name: copy.deepcopy(p.grad) for name, p in parameters}

@@ -1,6 +1,7 @@
 """The programs in benchmark/ that compute something: the return as a monoid, horizon, truncation, speed."""
 import csv
 import dataclasses
+import functools
 import importlib
 import json
 import statistics
@@ -13,6 +14,9 @@ import safetensors.torch
 import torch
 
 import ppo_recurrent_tbb as tbb
+import tests.test_masks  # noqa: F401  (registers Masked-v0)
+from envs.vector import make_envs
+from models import PolicyHead, QHead
 from models.flags import parse
 from tests.conftest import CONTINUOUS, DQN, PQN, ROOT
 from tests.helpers import run, spy
@@ -160,6 +164,22 @@ def test_horizons_outputs_are_what_the_agent_acts_by(name):
     torch.testing.assert_close(out["value"], value[:, 0])
 
 
+@pytest.mark.parametrize(
+    "script", ["ppo_recurrent_tbb", *PQN, "dqn_recurrent_sbb", "sac_discrete_sbb"], indirect=True)
+def test_horizon_draws_nothing_of_a_forbidden_action(script):
+    """Action 0 of this task is never allowed. Its logit and its Q are huge, and nothing that is drawn is."""
+    args = script.Args(env_id="Masked-v0", memory="gru", hidden_size=4, mlp_size=8, device="cpu")
+    envs = make_envs(args, 1, training=False)
+    agent = script.Agent(envs.single_observation_space, envs.single_action_space, args)
+    for head in agent.modules():
+        if isinstance(head, (PolicyHead, QHead)):
+            head.linear.bias.data[0] = 1e6
+    xs, start, mask = horizon.record(agent, envs, seed=0, steps=20)             # the task takes no other
+    of = functools.partial(horizon.OUTPUTS[script.SCRIPT], mask=mask)
+    for drawn in horizon.outputs(of, agent, xs, start).values():
+        assert drawn.abs().max() < 100
+
+
 def test_horizon_of_a_wrong_file_or_flag_is_one_sentence(tmp_path, model, capsys):
     """A file may name our scripts only: any other name is not imported."""
     metadata = {"script": "antigravity", "args": "{}"}
@@ -293,6 +313,18 @@ def test_devices_are_timed_on_what_the_table_says(run):
     assert (args.memory, args.num_envs, args.hidden_size, args.mlp_size) == (*run[1:], run[3])
     if run[0].startswith("ppo"):
         assert args.total_timesteps == 2 * args.num_envs * args.num_steps
+
+
+def test_pqn_is_timed_beside_ppo_at_equal_work(tmp_path):
+    """Both take the flags, with as many steps in a rollout, epochs and minibatches."""
+    flags = speed.argv(speed.rollout_flags(speed.Args(), "repeat") | {"memory": "lru"})
+    both = [importlib.import_module(name) for name in ("pqn_recurrent_tbb", "ppo_recurrent_tbb")]
+    pqn, ppo = (parse(script.Args, script.SCRIPT, flags)[0] for script in both)
+    for flag in flags[::2]:
+        name = flag.removeprefix("--").replace("-", "_")
+        assert getattr(pqn, name) == getattr(ppo, name)
+    assert pqn.total_timesteps == 5 * pqn.num_envs * pqn.num_steps              # the first warms up
+    both[0].check(pqn)
 
 
 @pytest.mark.parametrize("name", speed.OFF_POLICY)

@@ -215,6 +215,8 @@ TOOLS = {
         --ours sbb:elephant|--ours
         --ours sac:lru|--ours
         --ours sbb:lru:lstm|--ours
+        --pqn elephant|--pqn
+        --pqn tbb:lru|--pqn
         --dqn tbb:elephant|--dqn
         --dqn tbb:mingru|--dqn
         --off-policy sac_gru|--off-policy

@@ -145,9 +145,9 @@ def of_piece(net, batch, b, first, last):
 def test_the_loss_is_the_mean_over_real_steps_of_double_dqns(script, tmp_path, monkeypatch, loss):
     """Episode by episode, step by step, from the networks as they were: its gradients are those."""
     flags = dict(MINES, memory="lru", num_layers=2, loss=loss, tau=0.1, gamma=0.9)
-    seen, _ = watched(tmp_path, monkeypatch, script, **flags)
-    assert len(seen) > 20
-    for now in seen[::6]:
+    seen, _ = watched(tmp_path, monkeypatch, script, every=6, **flags)
+    assert len(seen) > 3
+    for now in seen:
         batch, errors = now.batch, []
         for b, first, last in pieces(batch.real):
             q, target_q = (of_piece(net, batch, b, first, last) for net in (now.agent, now.target))
@@ -172,9 +172,9 @@ def test_target_histories_contain_the_first_observation(script, tmp_path, monkey
     memory of both networks starts at o_1."""
     calls = spy(monkeypatch, script, "td_targets")
     flags = dict(memory="gru", seq_len=-1, tau=0.1, gamma=0.9, n_step=4, omit_first_obs=omit)
-    seen, _ = watched(tmp_path, monkeypatch, script, **flags)
-    assert len(seen) == len(calls) > 20
-    for now, call in list(zip(seen, calls))[::6]:
+    seen, _ = watched(tmp_path, monkeypatch, script, every=6, **flags)
+    assert len(seen) == len(calls) // 6 > 3
+    for now, call in zip(seen, calls[5::6]):
         *_, values, gamma, n_step = call.args
         assert (gamma, n_step) == (0.9, 4)
         for b, first, last in pieces(now.batch.real):
@@ -428,10 +428,10 @@ def test_episodes_longer_than_the_replay_are_named(script, tmp_path, capsys):
     assert not (tmp_path / "run").exists()                  # nothing was learned
 
 
-@pytest.mark.parametrize("memory, low, high", [("lru", 0.9, 1.0), ("none", -0.7, -0.2)])
-def test_it_learns_what_needs_memory_and_not_without(script, tmp_path, memory, low, high):
+def test_it_does_not_learn_what_needs_memory_without(script, tmp_path):
+    """With memory: entries smoke-dqn-sbb and smoke-dqn-tbb, which the gate runs."""
     defaults = vars(script.Args())
     own = {name: x for name, x in defaults.items() if name not in ("run_name", "runs_dir", "device")}
-    changes = dict(memory=memory, total_timesteps=16_000, eval_every=16_000, eval_episodes=32)
+    changes = dict(memory="none", total_timesteps=8_000, eval_every=8_000, eval_episodes=32)
     rows, _ = run(tmp_path, script, **own | changes)
-    assert low <= float(rows[-1]["eval/episodic_return"]) <= high
+    assert -0.7 <= float(rows[-1]["eval/episodic_return"]) <= -0.2

@@ -193,7 +193,9 @@ def test_targets_never_use_a_forbidden_action(script, tmp_path, monkeypatch, siz
 @cases
 def test_a_mask_of_ones_changes_nothing_to_the_bit(script, tmp_path, sizes, name):
     env_id, form = TASKS[name]
-    changes = dict(eval_every=128, eval_episodes=3, prev_action=True, prev_reward=True, norm_obs=True)
+    changes = dict(
+        total_timesteps=256, eval_every=128, eval_episodes=3, prev_action=True, prev_reward=True,
+        norm_obs=True)
     ones, folder = run(
         tmp_path, script, run_name="ones", **changes, **task(env_id, sizes=sizes, gives="ones", **form))
     none, folder_of_none = run(

@@ -192,9 +192,8 @@ def test_bad_input(tmp_path, capsys, flags):
 
 # ---------------------------------------------------------------------- learning
 
-@pytest.mark.parametrize("memory, low, high", [("gru", 0.98, 1.0), ("none", 0.0, 0.85)])
-def test_poc_memory_is_learned_with_memory_only(tmp_path, memory, low, high):
-    defaults = vars(ppo.Args()) | {"runs_dir": str(tmp_path), "run_name": "run"}
-    changes = dict(memory=memory, total_timesteps=40_960, device="cpu")
-    rows, _ = run(tmp_path, ppo, **{**defaults, **changes})
-    assert low <= max(column(rows, "charts/success")[5:]) <= high
+def test_poc_memory_is_not_learned_without_memory(tmp_path):
+    """With it: entry smoke-ppo-sbb, which the gate runs."""
+    own = vars(ppo.Args()) | {"runs_dir": str(tmp_path), "run_name": "run"}
+    rows, _ = run(tmp_path, ppo, **{**own, "memory": "none", "total_timesteps": 32_768, "device": "cpu"})
+    assert max(column(rows, "charts/success")[5:]) <= 0.85

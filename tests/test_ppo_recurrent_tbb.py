@@ -266,8 +266,8 @@ def test_bad_input(tmp_path, capsys, flags):
 
 # ---------------------------------------------------------------------- learning
 
-@pytest.mark.parametrize("memory, low, high", [("lru", 0.3, 1.0), ("none", -0.6, -0.35)])
-def test_the_default_task_is_learned_with_memory_only(tmp_path, memory, low, high):
-    defaults = vars(ppo.Args()) | {"runs_dir": str(tmp_path), "run_name": "run"}
-    rows, _ = run(tmp_path, ppo, **{**defaults, "memory": memory, "total_timesteps": 65_536, "device": "cpu"})
-    assert low <= column(rows, "charts/episodic_return")[-1] <= high
+def test_the_default_task_is_not_learned_without_memory(tmp_path):
+    """With it: entry smoke-ppo-tbb, which the gate runs."""
+    own = vars(ppo.Args()) | {"runs_dir": str(tmp_path), "run_name": "run"}
+    rows, _ = run(tmp_path, ppo, **{**own, "memory": "none", "total_timesteps": 32_768, "device": "cpu"})
+    assert -0.6 <= column(rows, "charts/episodic_return")[-1] <= -0.35

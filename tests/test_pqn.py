@@ -364,9 +364,9 @@ def test_a_minibatch_of_one_column_and_one_step_trains(tmp_path):
 
 # ---------------------------------------------------------------------- learning
 
-@pytest.mark.parametrize("memory, low, high", [("lru", 0.95, 1.0), ("none", -0.7, -0.2)])
-def test_the_default_task_is_learned_with_memory_only(tmp_path, memory, low, high):
+def test_the_default_task_is_not_learned_without_memory(tmp_path):
+    """With it: entry smoke-pqn, which the gate runs."""
     own = {name: x for name, x in vars(pqn.Args()).items() if name not in ("run_name", "runs_dir", "device")}
-    changes = dict(memory=memory, total_timesteps=40_960, eval_every=40_960, eval_episodes=32)
+    changes = dict(memory="none", total_timesteps=20_480, eval_every=20_480, eval_episodes=32)
     rows, _ = run(tmp_path, pqn, **own | changes)
-    assert low <= float(rows[-1]["eval/episodic_return"]) <= high
+    assert -0.7 <= float(rows[-1]["eval/episodic_return"]) <= -0.2

@@ -75,9 +75,8 @@ def test_a_memory_in_ten_lines_obeys_the_laws_and_trains(clone):
     both = '"averages": Averages, "minimal-gated": MinimalGated, '
     memory.write_text(text.replace("\nMONOIDS = {", f"\nMONOIDS = {{{both}"))
     law, train = block("train-my-memory").splitlines()
-    passed = int(re.search(r"(\d+) passed", follow(clone, law))[1])
-    assert passed > 30
-    assert f"{passed} passed" in follow(clone, law.replace("averages", "minimal-gated"))
+    laws_of_both = law.replace("averages", "'averages or minimal-gated'")       # in one process
+    assert int(re.search(r"(\d+) passed", follow(clone, laws_of_both))[1]) > 60
     assert "done at step 8192" in follow(clone, f"{train} --total-timesteps 8192")
 
 

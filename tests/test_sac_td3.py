@@ -400,11 +400,11 @@ def assert_gradients(loss, parameters, expected):
 def test_losses_equal_their_definition(tmp_path, monkeypatch, task, changes):
     """Sequence by sequence, step by step, from the networks as they were: gradients of all three losses."""
     flags = {**COUNT, **task, "alpha": 0.3, "tau": 0.2, "memory": "gru", **changes}
-    seen, _ = watched(tmp_path, monkeypatch, sac, **flags)
-    assert len(seen) > 20
+    seen, _ = watched(tmp_path, monkeypatch, sac, every=8, **flags)
+    assert len(seen) > 3
     include, bonus = changes["include_first_step_in_targets"], changes.get("entropy_bonus", True)
     of_next = changes.get("entropy_bonus_next_step", True)
-    for now in seen[1::8]:
+    for now in seen:
         agent, target, late = now.agent.double(), now.target.double(), now.late.double()
         alpha = agent.log_alpha.exp().item()
         torch.set_rng_state(now.random)
@@ -447,10 +447,10 @@ def test_losses_equal_their_definition(tmp_path, monkeypatch, task, changes):
 def test_td3s_losses_equal_their_definition(tmp_path, monkeypatch, task, changes, policy_noise, noise_clip):
     flags = {**COUNT, **task, "tau": 0.2, "policy_tau": 0.1, "policy_frequency": 1, **changes}
     flags |= {"policy_noise": policy_noise, "noise_clip": noise_clip}
-    seen, _ = watched(tmp_path, monkeypatch, td3, **flags)
-    assert len(seen) > 20
+    seen, _ = watched(tmp_path, monkeypatch, td3, every=8, **flags)
+    assert len(seen) > 3
     include, outside = changes["include_first_step_in_targets"], 0
-    for now in seen[1::8]:
+    for now in seen:
         agent, target, late = now.agent.double(), now.target.double(), now.late.double()
         torch.set_rng_state(now.random)
         noise = torch.randn(len(now.batch.real) - 1, now.batch.real.shape[1], 1).double()
@@ -510,13 +510,14 @@ def test_which_steps_train(script, tmp_path, monkeypatch, mask):
         return q1, q2
 
     monkeypatch.setattr(script.Critics, "forward", recording_forward)
-    seen, _ = watched(tmp_path, monkeypatch, script, **COUNT, mask_non_terminal=mask, policy_frequency=1)
-    assert len(seen) == len(values) == len(actions) > 20
-    for now, value, action in zip(seen, values, actions):
-        expected = now.batch.real.clone()
+    drawn = spy(monkeypatch, script.SequenceReplay, "sample")
+    run(tmp_path, script, **COUNT, mask_non_terminal=mask, policy_frequency=1)
+    assert len(drawn) == len(values) == len(actions) > 20
+    for batch, value, action in zip((call.result for call in drawn), values, actions):
+        expected = batch.real.clone()
         if mask:
             expected[:] = False
-            expected[now.batch.real.sum(0) - 1, torch.arange(expected.shape[1])] = True
+            expected[batch.real.sum(0) - 1, torch.arange(expected.shape[1])] = True
         assert torch.equal(value.grad != 0, expected[:-1])
         assert torch.equal(action.grad.abs().sum(-1) > 0, expected[:-1])
 
@@ -546,7 +547,8 @@ def test_the_policys_gradient_goes_to_the_start_and_no_further(script, memory):
 def test_the_policys_loss_leaves_the_critics_alone(script, tmp_path, monkeypatch):
     """Their gradients are the same before and after it; so are the targets', which have none."""
     flags = dict(COUNT, policy_frequency=1, max_grad_norm=1e9)                  # nothing is clipped
-    seen, _ = watched(tmp_path, monkeypatch, script, **flags)
+    seen, _ = watched(tmp_path, monkeypatch, script, every=4, **flags)
+    assert len(seen) > 3
     for now in seen:
         assert len(now.clipped) == 2
         after = [gradient for name, gradient in now.gradients.items() if name.startswith("critics.")]
@@ -573,14 +575,28 @@ def test_the_temperature_is_fixed_or_moves_entropy_to_its_target(tmp_path):
 @pytest.mark.parametrize("flags", [
     dict(policy_frequency=3, policy_learning_starts=200), dict(policy_frequency=1, policy_learning_starts=0)])
 def test_steps_of_the_gradient_are_as_ordered(script, tmp_path, monkeypatch, flags):
+    clipped = []                                            # how often in each step: 1 or 2 networks
+    sample, clip = script.SequenceReplay.sample, torch.nn.utils.clip_grad_norm_
+
+    def counting_sample(*args):
+        clipped.append(0)
+        return sample(*args)
+
+    def counting_clip(*args):
+        clipped[-1] += 1
+        return clip(*args)
+
+    monkeypatch.setattr(script.SequenceReplay, "sample", counting_sample)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", counting_clip)
     flags = {**COUNT, "replay_ratio": 0.25, "learning_starts": 100, "total_timesteps": 640, **flags}
-    seen, rows = watched(tmp_path, monkeypatch, script, **flags)
+    rows, _ = run(tmp_path, script, **flags)
     logged = [int(steps) for steps in column(rows, "charts/gradient_steps")]
-    assert logged == [0.25 * (step - 100) for step in (128, 256, 384, 512, 640)] and len(seen) == logged[-1]
-    for i, now in enumerate(seen):
+    assert logged == [0.25 * (step - 100) for step in (128, 256, 384, 512, 640)]
+    assert len(clipped) == logged[-1]
+    for i, times in enumerate(clipped):
         visit = next(step for step in range(32, 641, 32) if 0.25 * (step - 100) > i)  # to the replay
         waited = visit > flags["policy_learning_starts"]
-        assert (len(now.clipped) == 2) == (waited and i % flags["policy_frequency"] == 0)
+        assert (times == 2) == (waited and i % flags["policy_frequency"] == 0)
 
 
 def test_columns_stay_where_nothing_was_measured(script, tmp_path):
@@ -687,9 +703,9 @@ def test_a_cue_needs_the_first_step_in_targets(script, tmp_path):
     """The cue is in o_0, the action of step 1 is paid at step 3: only targets that know o_0 can tell."""
     task = dict(
         env_id="Cue-v0", env_kwargs={}, memory="gru", hidden_size=16, mlp_size=32, random_seq_length=False,
-        seq_len=4, always_sample_from_initial_state=True, batch_size=64, learning_starts=200,
-        policy_learning_starts=200, q_lr=(3e-3,), policy_lr=(3e-3,), alpha_lr=(3e-3,), alpha=0.1, tau=0.05,
-        num_envs=16, train_every=64, replay_ratio=0.2, total_timesteps=4_000, log_every=1_000,
+        seq_len=4, always_sample_from_initial_state=True, batch_size=32, learning_starts=200,
+        policy_learning_starts=200, q_lr=(1e-2,), policy_lr=(1e-2,), alpha_lr=(1e-2,), alpha=0.1, tau=0.1,
+        num_envs=16, train_every=64, replay_ratio=0.2, total_timesteps=3_072, log_every=512,
         buffer_size=10_000)
     success = {}
     for include in (True, False):

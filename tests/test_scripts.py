@@ -3,6 +3,7 @@ import csv
 import itertools
 import json
 import math
+import os
 import random
 import re
 import signal
@@ -86,7 +87,7 @@ def test_resume_equals_never_having_stopped(script, tmp_path, changes):
 
 def test_same_seed_same_numbers_another_seed_others(script, tmp_path):
     def numbers(name, seed):
-        rows, _ = run(tmp_path, script, run_name=name, seed=seed)
+        rows, _ = run(tmp_path, script, run_name=name, seed=seed, total_timesteps=2 * ROW)
         return comparable(rows)
 
     first = numbers("first", seed=1)
@@ -144,39 +145,55 @@ def test_run_folder_holds_what_design_says(script, tmp_path):
     assert metadata["global_step"] == str(3 * ROW)
 
 
-def test_ctrl_c_saves_and_exits_0_and_sigkill_leaves_only_whole_files(script, tmp_path, run_script):
-    folder, killed_at = tmp_path / "run", 0
-    checkpoint, progress = folder / "checkpoint.pt", folder / "progress.csv"
+@pytest.mark.parametrize("script", ["ppo_recurrent_tbb", "sac_gru"], indirect=True)
+def test_sigkill_leaves_whole_files_and_the_resumed_process_saves_at_ctrl_c(script, tmp_path, run_script):
+    """All scripts write their files alike: two of them show it, as processes of their own."""
+    folder = tmp_path / "run"
+    progress = folder / "progress.csv"
     flags = command_line(script, total_timesteps=10**8, checkpoint_every=ROW)
 
     def start(*more):
         return run_script(f"{script.SCRIPT}.py", *flags, *more)
 
     process = start("--runs-dir", tmp_path, "--run-name", "run")
-    wait_for(checkpoint)
-    time.sleep(random.uniform(0.5, 2.0))
-    if script.SCRIPT in ("ppo_recurrent_tbb", "sac_gru"):   # all of them write their files alike
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        killed_at = read_checkpoint(folder)["global_step"]  # whole, whenever the kill came
-        assert weights_of(folder)
-        header, *rows = csv.reader(progress.open())
-        assert all(len(row) == len(header) for row in rows)
-        before = checkpoint.stat().st_mtime_ns
-        process = start("--resume", folder)
-        while checkpoint.stat().st_mtime_ns == before:
-            assert process.poll() is None, process.communicate()[1]
-            time.sleep(0.05)
-        time.sleep(1)
+    wait_for(lambda: progress.exists() and progress.stat().st_size)
+    time.sleep(random.uniform(0.2, 1.0))
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    killed_at = read_checkpoint(folder)["global_step"]      # whole, whenever the kill came
+    assert weights_of(folder)
+    header, *rows = csv.reader(progress.open())
+    assert all(len(row) == len(header) for row in rows)
+    process = start("--resume", folder)
+    while read_checkpoint(folder)["global_step"] == killed_at:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate()
     assert process.returncode == 0, stderr
     assert "interrupted at step" in stdout
     assert f"--resume {folder}" in stdout
     saved_at = read_checkpoint(folder)["global_step"]
-    assert killed_at < saved_at
     steps = [int(row["global_step"]) for row in csv.DictReader(progress.open())]
     assert steps == list(range(ROW, saved_at + 1, ROW))     # no row lost, none twice
+
+
+def test_ctrl_c_finishes_the_update_and_saves(script, tmp_path, monkeypatch, capsys):
+    """Whenever it comes: at one of the moments at which a run looks at the clock. No checkpoint is due."""
+    lap, laps, moment = script.Run.lap, itertools.count(), random.randrange(80, 200)
+
+    def interrupted_lap(run, name):
+        lap(run, name)
+        if next(laps) == moment:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(script.Run, "lap", interrupted_lap)
+    rows, folder = run(tmp_path, script, total_timesteps=1_000 * ROW, checkpoint_every=10**8)
+    out = capsys.readouterr().out
+    saved_at = read_checkpoint(folder)["global_step"]
+    assert f"interrupted at step {saved_at}" in out and f"--resume {folder}" in out
+    assert column(rows, "global_step") == list(range(ROW, saved_at + 1, ROW))
+    assert ROW <= saved_at < 10 * ROW
 
 
 def test_track_copies_tensorboard_to_wandb(script, tmp_path, monkeypatch, capsys):
@@ -281,7 +298,7 @@ def test_capture_video_needs_a_task_that_draws(script, tmp_path, capsys):
 def test_every_kind_of_task_trains_and_plays(script, tmp_path, env_id, capsys):
     changes = dict(
         env_id=env_id, env_kwargs={}, prev_action=True, prev_reward=True,
-        eval_every=ROW, eval_episodes=2)
+        total_timesteps=2 * ROW, eval_every=ROW, eval_episodes=2)
     fits = ("Pendulum" in env_id) == (script.SCRIPT in CONTINUOUS)
     if script.SCRIPT not in PPO and not fits:
         with pytest.raises(SystemExit):
@@ -300,7 +317,9 @@ def test_every_kind_of_task_trains_and_plays(script, tmp_path, env_id, capsys):
 @pytest.mark.parametrize("kwargs", [{}, {"views": False}, {"rgb": False}], ids=str)
 def test_views_images_and_symbols_train(script, tmp_path, kwargs):
     kwargs = {"max_steps": 30, **kwargs}
-    rows, _ = run(tmp_path, script, env_id="MinigridMemory-v0", env_kwargs=kwargs, encoder_size=16)
+    rows, _ = run(
+        tmp_path, script, env_id="MinigridMemory-v0", env_kwargs=kwargs, encoder_size=16,
+        total_timesteps=2 * ROW)
     assert first_difference(script, rows) < 1e-4
     if script.SCRIPT in OFF_POLICY:
         assert max(column(rows, "losses/grad_norm")) < 10
@@ -378,6 +397,7 @@ class NoEpisodes(gym.vector.VectorWrapper):
     "script, changes", cases(WITH_MULTIGPU, LEARNED, QUICK_LEARNED), indirect=["script"])
 def test_what_is_shared_cannot_change_what_is_learned(script, tmp_path, monkeypatch, changes):
     """The same weights to the bit without run folder, log, checkpoints, evaluations, films and episodes."""
+    changes = {"total_timesteps": 2 * ROW, **changes}
     _, folder = run(
         tmp_path, script, eval_every=ROW, eval_episodes=3, checkpoint_every=ROW, capture_video=True,
         **changes)
