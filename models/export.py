@@ -17,35 +17,15 @@ import warnings
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 from torch.utils import _pytree as pytree
 
 from models.encoder import to_tensors
 from models.files import write
 from models.flags import fail, refused_in_one_sentence
-from models.real import InReal
+from models.real import in_real, program_of
 
 STEPS, ROWS = 100, 3  # of the check
 TOLERANCE = 1e-5  # of it; of numbers larger than 1 it is a share
-
-
-class Step(nn.Module):
-    """agent.greedy() on states in real numbers."""
-
-    def __init__(self, agent):
-        super().__init__()
-        self.agent = agent
-        self.is_complex = [s.is_complex() for s in agent.memory.initial_state(1)]
-
-    def forward(self, obs, start, state):
-        """obs: leaves of [B, ...]; start [B] bool; state: of [B, ...]"""
-        state = tuple(torch.view_as_complex(s) if c else s for s, c in zip(state, self.is_complex))
-        action, state, numbers = self.agent.greedy(obs, state, start)
-        return action, in_real(state), numbers
-
-
-def in_real(state):
-    return tuple(torch.view_as_real(s) if s.is_complex() else s for s in state)
 
 
 @torch.no_grad()
@@ -59,13 +39,13 @@ def export(agent, envs, args):
 
     def save(beside):
         with refused_in_one_sentence(what):
-            program = program_of(agent, obs)
+            program = program_of(agent, tuple(o[:ROWS] for o in obs))
             save_onnx(program, beside, agent, obs) if onnx else save_pt2(program, beside)
             run = run_onnx(beside) if onnx else run_pt2(beside)
             difference = largest_difference(agent, obs, run)
         if not difference < TOLERANCE:
-            fail(f"{what}: the file would act otherwise than the agent, by {difference:.1e} in {STEPS} steps, "
-                 "and was not written; play with --model alone")
+            fail(f"{what} was not written: its steps would differ from the agent's by {difference:.1e}; "
+                 "play with --model alone")
         print(f"{path} differs from the agent by at most {difference:.1e} in {STEPS} steps")
 
     write(path, save)
@@ -92,19 +72,6 @@ def played(agent, envs, seed):
         if start:
             obs, _ = envs.reset()
     return tuple(torch.cat(leaf) for leaf in zip(*seen))
-
-
-def program_of(agent, obs):
-    """Step as a program of torch.export, for any batch size, in real arithmetic."""
-    start, state = torch.ones(ROWS, dtype=torch.bool), in_real(agent.memory.initial_state(ROWS))
-    inputs, batch = (tuple(o[:ROWS] for o in obs), start, state), torch.export.Dim("batch", min=1)
-    shapes = pytree.tree_map(lambda x: {0: batch}, inputs)
-    program = torch.export.export(Step(agent), inputs, dynamic_shapes=shapes)
-    values = [node.meta.get("val") for node in program.graph.nodes]
-    if any(isinstance(x, torch.Tensor) and x.is_complex() for x in values):
-        graph = InReal(program.module(check_guards=False))
-        program = torch.export.export(graph, inputs, dynamic_shapes=(shapes,))
-    return program
 
 
 def save_onnx(program, path, agent, obs):

@@ -1,15 +1,49 @@
-"""Complex numbers as pairs of real ones, for formats that know none.
+"""One step of an agent as a graph in real arithmetic, for formats that know no complex numbers.
 
-A graph of torch.export is run node by node; what would be a complex tensor is a Pair. A trace of that run is
-a graph in real arithmetic. The rules are what memories do with complex numbers: lru, s5, ffm, gpt where it
-rotates.
+torch.export makes the graph. It is run node by node, where what would be a complex tensor is a Pair; a trace
+of that run is a graph of real tensors. The rules are what memories do with complex numbers: lru, s5, ffm, and
+gpt where it rotates.
 """
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
+from torch.utils import _pytree as pytree
 
 aten = torch.ops.aten
+
+
+class Step(nn.Module):
+    """agent.greedy() on states in real numbers."""
+
+    def __init__(self, agent):
+        super().__init__()
+        self.agent = agent
+        self.is_complex = [s.is_complex() for s in agent.memory.initial_state(1)]
+
+    def forward(self, obs, start, state):
+        """obs: leaves of [B, ...]; start [B] bool; state: of [B, ...]"""
+        state = tuple(torch.view_as_complex(s) if c else s for s, c in zip(state, self.is_complex))
+        action, state, numbers = self.agent.greedy(obs, state, start)
+        return action, in_real(state), numbers
+
+
+def in_real(state):
+    return tuple(torch.view_as_real(s) if s.is_complex() else s for s in state)
+
+
+def program_of(agent, obs):
+    """Step as a program of torch.export, for any number of rows.   obs: leaves of two rows or more"""
+    rows, batch = len(obs[0]), torch.export.Dim("batch", min=1)
+    start, state = torch.ones(rows, dtype=torch.bool), in_real(agent.memory.initial_state(rows))
+    inputs = obs, start, state
+    shapes = pytree.tree_map(lambda x: {0: batch}, inputs)
+    program = torch.export.export(Step(agent), inputs, dynamic_shapes=shapes)
+    values = [node.meta.get("val") for node in program.graph.nodes]
+    if any(isinstance(x, torch.Tensor) and x.is_complex() for x in values):
+        graph = InReal(program.module(check_guards=False))
+        program = torch.export.export(graph, inputs, dynamic_shapes=(shapes,))
+    return program
 
 
 class Pair(NamedTuple):
