@@ -65,13 +65,13 @@ def run(tmp_path, script, **changes):
 
 
 @torch.no_grad()
-def model_of_new_agent(path, script, **changes):
+def model_of_new_agent(path, script, spread=0.3, **changes):
     """A model file as Run.save writes it, of an agent whose actions differ from step to step; its args."""
     torch.manual_seed(1)
     args = script.Args(**small(script, **changes))
     agent, _ = make_agent(script.Agent, args, make_envs(args, 1, training=False), {})
     for p in agent.parameters():
-        p.add_(0.3 * torch.randn_like(p))
+        p.add_(spread * torch.randn_like(p))
     flags = json.dumps(dataclasses.asdict(args))
     metadata = {"script": script.SCRIPT, "layout": LAYOUT, "args": flags, "global_step": "0"}
     safetensors.torch.save_file(agent.state_dict(), path, metadata)

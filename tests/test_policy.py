@@ -99,9 +99,11 @@ def test_it_acts_as_model_does_to_the_bit(tmp_path, monkeypatch, name, changes):
 
 
 @pytest.mark.parametrize("name, changes", [
-    ("ppo_recurrent_tbb", MASKS["ours"] | {"memory": "lru"}), ("dqn_recurrent_sbb", MASKS["info"]),
-    ("td3_gru", EVERYTHING | {"env_kwargs": {"box": True}, "wipe_state_every": 4}),
-    ("ppo_recurrent_sbb", EVERYTHING), ("ppo_recurrent_sbb", MINIGRID)])
+    pytest.param("ppo_recurrent_tbb", MASKS["ours"] | {"memory": "lru"}, id="our batch"),
+    pytest.param("dqn_recurrent_sbb", MASKS["info"], id="masks"),
+    pytest.param("td3_gru", EVERYTHING | {"env_kwargs": {"box": True}, "wipe_state_every": 4}, id="wiped"),
+    pytest.param("ppo_recurrent_sbb", EVERYTHING, id="everything"),
+    pytest.param("ppo_recurrent_sbb", MINIGRID, id="MiniGrid")])
 def test_many_environments_at_once(tmp_path, name, changes):
     """Their episodes end at other steps; the steps that open the next are in the same batch as others."""
     script, path = importlib.import_module(name), tmp_path / "model.safetensors"
@@ -172,12 +174,12 @@ def save(path, **changes):
 
 
 @pytest.mark.parametrize("changes, says", [
-    ({"script": "stranger"}, "stranger, which is no script of this project"),
-    ({"args": {"env_id": "stranger:Task-v0"}}, "import stranger first"),
-    ({"args": {"env_id": "PocMemry-v0"}}, "PocMemry"),
-    ({"args": {"hidden_size": 9}}, "other sizes"),
-    ({"args": {"gamma": 2.0}}, "--gamma"),
-    ({"args": {"memory": "elephant"}}, "--memory")], ids=str)
+    pytest.param({"script": "stranger"}, "stranger, which is no script of this project", id="script"),
+    pytest.param({"args": {"env_id": "stranger:Task-v0"}}, "import stranger first", id="module"),
+    pytest.param({"args": {"env_id": "PocMemry-v0"}}, "PocMemry", id="task"),
+    pytest.param({"args": {"hidden_size": 9}}, "other sizes", id="sizes"),
+    pytest.param({"args": {"gamma": 2.0}}, "--gamma", id="flag"),
+    pytest.param({"args": {"memory": "elephant"}}, "--memory", id="word")])
 def test_a_strangers_file_is_one_sentence_and_runs_nothing(tmp_path, monkeypatch, capsys, changes, says):
     it_ran = tmp_path / "it ran"
     (tmp_path / "stranger.py").write_text(f"open({str(it_ran)!r}, 'w')\n")
