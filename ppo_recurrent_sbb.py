@@ -27,6 +27,7 @@ import torch.nn as nn
 from envs.vector import make_envs, make_rendered  # importing envs registers its tasks
 from models import MEMORIES, Encoder, PolicyHead, RunningMeanStd, init, linear_scan, to_tensors
 from models.cpu_speed import keep_freed_memory
+from models.export import export
 from models.flags import Count, Fraction, Json, Positive, Schedule, Whole, fail, parse
 from models.play import enjoy, film, play
 from models.run_folder import Run, make_agent, restore_random_generators
@@ -89,6 +90,7 @@ class Args:
     flags: str | None = None  # begin with those of a run, a model, an args.json or benchmark:<entry>
     resume: str | None = None  # continue the run in this folder
     model: str | None = None  # do not train: play this model.safetensors
+    export: str | None = None  # with --model: write a file for ONNX (.onnx) or torch.export (.pt2)
     episodes: Count = 10  # episodes to play with --model
     render_mode: Literal["auto", "human", "ansi", "rgb_array", "none"] = "auto"  # with --model
     show_memory: bool = False  # with --model and --render-mode rgb_array: film the memory beside the task
@@ -135,10 +137,16 @@ class Agent(nn.Module):
         value = self.value(self.value_hidden(y).relu()).squeeze(-1)
         return dist, value, state
 
+    def greedy(self, obs, state, start):
+        """The most likely actions, the next state, and numbers by name: tensors.   obs: of [B, ...]"""
+        dist, value, state = self(add_time(obs), state, start[None])
+        numbers = {"value": value, **dist.numbers()}
+        return self.policy.in_env(dist.mode()[0]), state, {name: x[0] for name, x in numbers.items()}
+
     def act(self, obs, state, start):
-        """The most likely actions, as the environment takes them, and the next state.   obs: of [B, ...]"""
-        dist, _, state = self(add_time(obs), state, start[None])
-        return self.policy.to_env(dist.mode()[0]), state
+        """The actions of greedy() in numpy, and the next state."""
+        action, state, _ = self.greedy(obs, state, start)
+        return action.detach().cpu().numpy(), state         # waits for the device
 
 
 def add_time(obs):
@@ -434,6 +442,8 @@ def main(argv=None):
         return train(args, saved)
     envs = make_rendered(args, args.render_mode)
     agent, _ = make_agent(Agent, args, envs, saved)
+    if args.export is not None:
+        return export(agent, envs, args)
     enjoy(agent, envs, args)
 
 

@@ -29,6 +29,7 @@ import torch.nn as nn
 from envs.vector import make_envs, make_rendered  # importing envs registers its tasks
 from models import MEMORIES, Encoder, QHead, init, to_tensors
 from models.cpu_speed import keep_freed_memory
+from models.export import export
 from models.flags import Count, Fraction, Json, Positive, Schedule, Whole, fail, number, parse
 from models.play import enjoy, film, play
 from models.run_folder import Run, make_agent, restore_random_generators
@@ -86,6 +87,7 @@ class Args:
     flags: str | None = None  # begin with those of a run, a model, an args.json or benchmark:<entry>
     resume: str | None = None  # continue the run in this folder
     model: str | None = None  # do not train: play this model.safetensors
+    export: str | None = None  # with --model: write a file for ONNX (.onnx) or torch.export (.pt2)
     episodes: Count = 10  # episodes to play with --model
     render_mode: Literal["auto", "human", "ansi", "rgb_array", "none"] = "auto"  # with --model
     show_memory: bool = False  # with --model and --render-mode rgb_array: film the memory beside the task
@@ -113,10 +115,15 @@ class Agent(nn.Module):
         y, state = self.memory(self.encoder(obs), state, start)                         # [T, B, H]
         return self.q(self.hidden(y).relu(), self.encoder.mask(obs)), state
 
-    def act(self, obs, state, start):
-        """The greedy actions, as the environment takes them, and the next state.   obs: of [B, ...]"""
+    def greedy(self, obs, state, start):
+        """The greedy actions, the next state, and numbers by name: tensors.   obs: of [B, ...]"""
         q, state = self(add_time(obs), state, start[None])
-        return self.q.to_env(q.greedy()[0]), state
+        return self.q.in_env(q.greedy()[0]), state, {name: x[0] for name, x in q.numbers().items()}
+
+    def act(self, obs, state, start):
+        """The actions of greedy() in numpy, and the next state."""
+        action, state, _ = self.greedy(obs, state, start)
+        return action.detach().cpu().numpy(), state         # waits for the device
 
 
 def add_time(obs):
@@ -323,6 +330,8 @@ def main(argv=None):
         return train(args, saved)
     envs = make_rendered(args, args.render_mode)
     agent, _ = make_agent(Agent, args, envs, saved)
+    if args.export is not None:
+        return export(agent, envs, args)
     enjoy(agent, envs, args)
 
 

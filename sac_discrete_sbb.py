@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from envs.vector import make_envs, make_rendered  # importing envs registers its tasks
 from models import MEMORIES, PolicyHead, QHead, Trunks, init, to_tensors
 from models.cpu_speed import keep_freed_memory
+from models.export import export
 from models.files import refuse_more_than_memory
 from models.flags import Count, Fraction, Json, Positive, Schedule, Whole, fail, number, parse
 from models.play import enjoy, film, play
@@ -94,6 +95,7 @@ class Args:
     flags: str | None = None  # begin with those of a run, a model, an args.json or benchmark:<entry>
     resume: str | None = None  # continue the run in this folder
     model: str | None = None  # do not train: play this model.safetensors
+    export: str | None = None  # with --model: write a file for ONNX (.onnx) or torch.export (.pt2)
     episodes: Count = 10  # episodes to play with --model
     render_mode: Literal["auto", "human", "ansi", "rgb_array", "none"] = "auto"  # with --model
     show_memory: bool = False  # with --model and --render-mode rgb_array: film the memory beside the task
@@ -129,10 +131,16 @@ class Agent(nn.Module):
         policy = self.policy[-1](self.policy[:-1](y_policy), self.memory[0]["encoder"].mask(obs))
         return policy, self.q1(y_critics), self.q2(y_critics), state
 
-    def act(self, obs, state, start):
-        """The most likely actions, as the environment takes them, and the next state.   obs: of [B, ...]"""
+    def greedy(self, obs, state, start):
+        """The most likely actions, the next state, and numbers by name: tensors.   obs: of [B, ...]"""
         policy, *_, state = self(add_time(obs), state, start[None])
-        return self.policy[-1].to_env(policy.mode()[0]), state
+        numbers = {name: x[0] for name, x in policy.numbers().items()}
+        return self.policy[-1].in_env(policy.mode()[0]), state, numbers
+
+    def act(self, obs, state, start):
+        """The actions of greedy() in numpy, and the next state."""
+        action, state, _ = self.greedy(obs, state, start)
+        return action.detach().cpu().numpy(), state         # waits for the device
 
 
 def add_time(obs):
@@ -479,6 +487,8 @@ def main(argv=None):
         return train(args, saved)
     envs = make_rendered(args, args.render_mode)
     agent, _ = make_agent(Agent, args, envs, saved)
+    if args.export is not None:
+        return export(agent, envs, args)
     enjoy(agent, envs, args)
 
 

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from envs.vector import make_envs, make_rendered  # importing envs registers its tasks
 from models import MEMORIES, Trunk, mlp, to_tensors
 from models.cpu_speed import keep_freed_memory
+from models.export import export
 from models.files import refuse_more_than_memory
 from models.flags import Count, Fraction, Json, Positive, Schedule, Whole, fail, number, parse
 from models.heads import to_bounds
@@ -100,6 +101,7 @@ class Args:
     flags: str | None = None  # begin with those of a run, a model, an args.json or benchmark:<entry>
     resume: str | None = None  # continue the run in this folder
     model: str | None = None  # do not train: play this model.safetensors
+    export: str | None = None  # with --model: write a file for ONNX (.onnx) or torch.export (.pt2)
     episodes: Count = 10  # episodes to play with --model
     render_mode: Literal["auto", "human", "ansi", "rgb_array", "none"] = "auto"  # with --model
     show_memory: bool = False  # with --model and --render-mode rgb_array: film the memory beside the task
@@ -161,15 +163,19 @@ class Agent(nn.Module):
         _, critics_state = self.critics.memory(obs, state[n:], start) if state[n:] else (None, ())
         return policy, (*policy_state, *critics_state)
 
-    def act(self, obs, state, start):
-        """The actions without noise, as the environment takes them, and the next state.   obs: of [B, ...]"""
+    def greedy(self, obs, state, start):
+        """The actions without noise, the next state, and numbers by name: tensors.   obs: of [B, ...]"""
         action, state = self.pi(add_time(obs), state, start[None])
-        return self.to_env(action[0]), state
+        return to_bounds(action[0], self.low, self.high), state, {"mean": action[0]}
+
+    def act(self, obs, state, start):
+        """The actions of greedy() in numpy, and the next state."""
+        action, state, _ = self.greedy(obs, state, start)
+        return action.detach().cpu().numpy(), state         # waits for the device
 
     def to_env(self, action):
         """[-1, 1] -> the bounds of the action space; numpy."""
-        action = action.detach().cpu().numpy()              # waits for the device
-        return to_bounds(action, self.low, self.high)
+        return to_bounds(action.detach().cpu(), self.low, self.high).numpy()        # waits for the device
 
 
 def add_time(obs):
@@ -518,6 +524,8 @@ def main(argv=None):
         return train(args, saved)
     envs = make_rendered(args, args.render_mode)
     agent, _ = make_agent(Agent, args, envs, saved)
+    if args.export is not None:
+        return export(agent, envs, args)
     enjoy(agent, envs, args)
 
 

@@ -259,6 +259,12 @@ def layers_table(rows):
     return markdown(["layer", *shapes], cells)
 
 
+def export_speed_table(rows):
+    """export-speed.csv: a line a memory."""
+    header = "`--memory`", "a step with onnxruntime, us", "with torch, us"
+    return markdown(header, [[f"`{row['memory']}`", row["onnxruntime_us"], row["agent_us"]] for row in rows])
+
+
 def sizes_table(rows):
     """What horizon.py --sweep writes of several models."""
     return markdown(list(rows[0]), [list(row.values()) for row in rows])
@@ -493,6 +499,7 @@ TABLES = {                                                  # {name: (file, func
     "devices": (RESULTS / "devices.csv", devices_table),
     "off-policy-speed": (RESULTS / "off-policy-speed.csv", off_policy_speed_table),
     "layers": (RESULTS / "layers.csv", layers_table),
+    "export-speed": (RESULTS / "export-speed.csv", export_speed_table),
     "minigrid-sizes": (RESULTS / "minigrid-sizes.csv", sizes_table),
     "tmaze-extrapolation": (RESULTS / "tmaze-extrapolation.csv", sizes_table),
     "minigrid-s17-random": (RESULTS / "minigrid-s17-random.csv", sizes_table),

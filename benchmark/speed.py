@@ -5,6 +5,7 @@
     python benchmark/speed.py --tasks repeat --ours sbb:lstm tbb:lstm tbb:lru tbb:mingru
     python benchmark/speed.py --memories                             one layer of every memory
     python benchmark/speed.py --pqn lru mingru lstm                  PQN against our PPO on the same tape
+    python benchmark/speed.py --exported --out export-speed.csv      a step of every memory, with --export
     python benchmark/speed.py --dqn tbb:lru tbb:ffm sbb:lru          double DQN at memory-monoids' sizes
     python benchmark/speed.py --dqn sbb:lstm sbb:gpt --length 250    on 64 whole episodes at Memory-RL's sizes
     python benchmark/speed.py --off-policy sac_gru:gru sac_gru:none  against stable-baselines3 without memory
@@ -93,6 +94,7 @@ class Args:
     memories: bool = False  # time the layers of --layer-size instead
     layer_size: int = 128  # H of --memories
     pqn: tuple[str, ...] = ()  # time PQN with these memories against our PPO instead
+    exported: bool = False  # time a step of --export's ONNX file instead, for every memory, with H = 64
     dqn: tuple[str, ...] = ()  # time double DQN instead: script:memory, a memory of DQN_MEMORIES
     off_policy: tuple[str, ...] = ()  # time these against stable-baselines3: script:memory
     devices: tuple[str, ...] = ()  # time the same trainings on each of these instead
@@ -375,6 +377,48 @@ def time_layers(args):
                 "times_faster_than_lstm": round(ms["nn.LSTM"] / ms[name], 2)})
 
 
+def time_exported(args):
+    """Microseconds of a step of one environment: of onnxruntime with the file, and of the agent; medians."""
+    import numpy as np
+    import onnxruntime
+    import torch
+
+    import ppo_recurrent_tbb as ppo
+    from envs.vector import make_envs
+    from models.export import export
+    from models.run_folder import make_agent
+
+    torch.set_num_threads(1)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    for memory in MEMORIES:
+        with tempfile.TemporaryDirectory() as folder:
+            flags = ppo.Args(memory=memory, device="cpu", export=f"{folder}/policy.onnx")
+            envs = make_envs(flags, 1, training=False)
+            agent, _ = make_agent(ppo.Agent, flags, envs, {})
+            export(agent, envs, flags)
+            session = onnxruntime.InferenceSession(flags.export, options)
+        state, start = agent.memory.initial_state(1), torch.zeros(1, dtype=torch.bool)
+        obs = torch.zeros(1, *envs.single_observation_space.shape, dtype=torch.long)
+        inputs = {x.name: np.zeros([1, *x.shape[1:]], np.float32) for x in session.get_inputs()}
+        inputs |= {"obs": obs.numpy(), "start": start.numpy()}
+        states = [name for name in inputs if name.startswith("state")]
+        of_file, of_agent = [], []
+        for _ in range(2_000):
+            begin = time.perf_counter()
+            _, *after = session.run(None, inputs)
+            inputs |= dict(zip(states, after))
+            middle = time.perf_counter()
+            with torch.inference_mode():
+                _, state = agent.act((obs,), state, start)
+            of_file.append(middle - begin)
+            of_agent.append(time.perf_counter() - middle)
+        append(args.out, {
+            "memory": memory, "H": flags.hidden_size,
+            "onnxruntime_us": round(1e6 * statistics.median(of_file)),
+            "agent_us": round(1e6 * statistics.median(of_agent))})
+
+
 def dqn_flags(args, script, memory):
     layers, memory_kwargs = DQN_MEMORIES[memory]
     flags = DQN | DQN_LENGTH[script]
@@ -496,6 +540,8 @@ def main(argv=None):
     check(args)
     if args.child:
         run_sb3(args)
+    elif args.exported:
+        time_exported(args)
     elif args.memories:
         time_layers(args)
     elif args.pqn:

@@ -28,19 +28,24 @@ def make_envs(args, num_envs, training=True, render_mode=None):
     what = (f"--env-id {args.env_id} with --env-kwargs {json.dumps(args.env_kwargs)} and --reset-options "
             f"{json.dumps(reset_options(args, training))}")
     with refused_in_one_sentence(what):
-        envs = wrappers.Checked(make_vector(args, num_envs, training, render_mode))
-        if not getattr(args, "action_mask", True):
-            envs = wrappers.NoActionMask(envs)
-        if args.shrink_images > 1:
-            envs = wrappers.ShrunkImages(envs, args.shrink_images)
-        if args.prev_action or args.prev_reward:
-            envs = wrappers.PreviousActionReward(envs, args.prev_action, args.prev_reward)
+        envs = with_flags(wrappers.Checked(make_vector(args, num_envs, training, render_mode)), args)
         envs = Episodes(envs, [args.env_id, args.env_kwargs, num_envs])
         weakref.finalize(envs, envs.env.close)              # once nobody uses them
         obs, _ = envs.reset(seed=args.seed)
         envs.step(any_actions(envs, obs))                   # wrong flags show before a run exists
     if training and args.eval_reset_options:
         make_envs(args, 1, training=False).close()
+    return envs
+
+
+def with_flags(envs, args):
+    """What flags put around a vector of environments."""
+    if not getattr(args, "action_mask", True):
+        envs = wrappers.NoActionMask(envs)
+    if args.shrink_images > 1:
+        envs = wrappers.ShrunkImages(envs, args.shrink_images)
+    if args.prev_action or args.prev_reward:
+        envs = wrappers.PreviousActionReward(envs, args.prev_action, args.prev_reward)
     return envs
 
 

@@ -14,7 +14,7 @@ from models.files import read_model
 
 NOT_TAKEN_OVER = {
     "device", "runs_dir", "run_name", "track", "wandb_project_name", "wandb_entity", "capture_video", "flags",
-    "resume", "model", "episodes", "render_mode", "show_memory", "forget_at", "probe"}
+    "resume", "model", "export", "episodes", "render_mode", "show_memory", "forget_at", "probe"}
 BENCHMARK = "benchmark:"  # an entry's name follows
 
 

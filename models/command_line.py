@@ -16,13 +16,21 @@ GROUPS = {  # titles in --help, by how many blocks of flags the source of Args h
     4: ("task", "memory", "algorithm", "run"), 5: ("task", "memory", "experience", "algorithm", "run")}
 
 
+class Refusal(SystemExit):
+    """Exit code 2, and the sentence that was said."""
+
+    def __init__(self, message):
+        super().__init__(2)
+        self.message = message
+
+
 def fail(message):
     """Bad input: one sentence, exit code 2. A run in which nothing was learned yet leaves nothing."""
     while RUNNING:
         RUNNING.pop().abandon()
     message = message.replace("\0", "\\0")                  # a null byte cannot be seen
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    sys.exit(2)
+    raise Refusal(message)
 
 
 def command_line(Args, argv=None, **kwargs):

@@ -21,6 +21,7 @@ from models.files import read_checkpoint, read_model
 from models.loading import load
 from models.words import refuse_words_of_others
 
+EXPORTED = ".onnx", ".pt2"  # what --export can write
 MOST = {  # no run can mean more
     "num_threads": 1024, "num_layers": 1024, "n_step": 1024, "replay_ratio": 1000, "update_epochs": 10_000,
     **dict.fromkeys(("hidden_size", "mlp_size", "encoder_size", "num_envs", "num_steps"), 2**16),
@@ -111,6 +112,8 @@ def parse(Args, script, argv=None):
         args = command_line(Args, argv, default=args_of(Args, saved, path))
     refuse_what_is_out_of_range(args)
     refuse_to_look_into_nothing(args)
+    if args.export is not None and (args.model is None or Path(args.export).suffix not in EXPORTED):
+        fail(f"--export {args.export} must end in {' or '.join(EXPORTED)}, beside the --model to write there")
     return args, saved
 
 

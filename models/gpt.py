@@ -57,7 +57,8 @@ class GPT(nn.Module):
         """
         T, W = len(x), self.kept
         age = state[0].clamp(0, W).masked_fill(start[0, :, None], 0)        # [B, 1]
-        old = int(age.max().ceil())                         # waits for the device
+        exporting = torch.compiler.is_exporting()           # no shape may depend on numbers then
+        old = W if exporting else int(age.max().ceil())     # waits for the device
         used = max(old, W - T)
         kept = carried(state[1:], used, start[0])
         earlier = earlier_steps(age, start, W)              # [T, B]
@@ -88,7 +89,7 @@ class GPT(nn.Module):
 def carried(kept, used, start):
     """The last `used` of the kept steps [B, W, H], zeros in the rows that start [B]."""
     kept = tuple(s[:, s.shape[1] - used :] for s in kept)
-    if used and start.any():                                # waits for the device
+    if used and (torch.compiler.is_exporting() or start.any()):     # waits for the device
         kept = tuple(s.masked_fill(start[:, None, None], 0) for s in kept)
     return kept
 
@@ -99,7 +100,9 @@ def earlier_steps(age, start, most):
     age [B, 1]: steps of the episode before this call; start [T, B]
     """
     t = torch.arange(len(start), device=start.device)[:, None]              # [T, 1]
-    last_start = torch.where(start, t, -1).cummax(0).values                 # [T, B], -1: none yet
+    last_start = torch.where(start, t, -1)                  # [T, B], -1: none yet
+    if len(start) > 1:
+        last_start = last_start.cummax(0).values
     in_this_call = (t - last_start).to(age.dtype)
     return torch.where(last_start < 0, age.T + t, in_this_call).clamp(max=most)
 

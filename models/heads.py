@@ -9,11 +9,24 @@ from models.layers import init
 
 
 def to_bounds(action, low, high):
-    """[-1, 1] -> a Box's bounds, in their dtype: integers are rounded.   action: numpy [..., A]"""
+    """[-1, 1] -> a Box's bounds, in their dtype: integers are rounded.   action [..., A]; low, high: numpy"""
     lowest, highest = low.astype(float), high.astype(float)                     # int8 has no 200
-    action = lowest + (action + 1) / 2 * (highest - lowest)
-    action = np.rint(action) if np.issubdtype(low.dtype, np.integer) else action
-    return action.clip(low, high).astype(low.dtype)
+    return scaled(action + 1, lowest, (highest - lowest) / 2, low, high)
+
+
+def scaled(action, offset, scale, low, high):
+    """offset + scale * action, clipped, in the bounds' dtype.   All except the action: numpy [A]"""
+    offset, scale, lowest, highest = (
+        torch.as_tensor(x.astype(float), device=action.device) for x in (offset, scale, low, high))
+    action = offset + scale * action
+    action = action.round() if np.issubdtype(low.dtype, np.integer) else action
+    return action.clamp(lowest, highest).to(getattr(torch, low.dtype.name))
+
+
+def from_start(action, space):
+    """Integers from 0 -> those of a Discrete or MultiDiscrete, in its dtype."""
+    start = torch.as_tensor(np.asarray(space.start, np.int64), device=action.device)
+    return (action + start).to(getattr(torch, space.dtype.name))
 
 
 class PolicyHead(nn.Module):
@@ -27,7 +40,6 @@ class PolicyHead(nn.Module):
     def __init__(self, in_size, space):
         super().__init__()
         self.space, self.action_shape, self.action_dtype = space, space.shape, torch.long
-        self.first = getattr(space, "start", 0)             # integers are stored from 0
         if isinstance(space, gym.spaces.Discrete):
             out_size = int(space.n)
         elif isinstance(space, gym.spaces.MultiDiscrete) and len(space.shape) == 1:
@@ -58,15 +70,15 @@ class PolicyHead(nn.Module):
             return MultiCategorical(out, self.sizes)
         return DiagonalGaussian(out, self.log_std)
 
-    def to_env(self, action):
-        """Actions as the environment takes them: numpy, Box scaled and clipped, integers from its start."""
-        action = action.detach().cpu().numpy()              # waits for the device
+    def in_env(self, action):
+        """Actions as the environment takes them: Box scaled and clipped, integers from its start."""
         if isinstance(self.space, gym.spaces.Box):
-            action = self.centre + self.scale * action
-            whole = np.issubdtype(self.space.dtype, np.integer)
-            action = np.rint(action) if whole else action
-            return action.clip(self.space.low, self.space.high).astype(self.space.dtype)
-        return (action + self.first).astype(self.space.dtype)
+            return scaled(action, self.centre, self.scale, self.space.low, self.space.high)
+        return from_start(action, self.space)
+
+    def to_env(self, action):
+        """The same in numpy."""
+        return self.in_env(action.detach().cpu()).numpy()   # waits for the device
 
 
 class ActionValues:
@@ -105,6 +117,10 @@ class ActionValues:
         again = (mask.cumsum(-1) > k[..., None]).long().argmax(-1)              # the k-th allowed
         return torch.where(mask.gather(-1, action[..., None]).squeeze(-1), action, again)
 
+    def numbers(self):
+        """By name, what of a step is worth showing."""
+        return {"value": self.of(self.greedy()), "action_values": torch.cat(self.branches, dim=-1)}
+
     def of(self, action):                                   # [..., K] -> [...]
         chosen = [q.gather(-1, a[..., None]) for q, a in zip(self.branches, action.unbind(-1))]
         return sum(chosen).squeeze(-1)
@@ -116,7 +132,6 @@ class QHead(nn.Module):
     def __init__(self, in_size, space):
         super().__init__()
         self.space = space
-        self.first = getattr(space, "start", 0)             # integers are stored from 0
         if isinstance(space, gym.spaces.Discrete):
             self.sizes = [int(space.n)]
         elif isinstance(space, gym.spaces.MultiDiscrete) and len(space.shape) == 1:
@@ -129,7 +144,10 @@ class QHead(nn.Module):
     def forward(self, y, mask=None):
         return ActionValues(self.linear(y), self.sizes, mask)
 
+    def in_env(self, action):
+        """Actions [N, K] as the environment takes them: from its start, [N] if Discrete."""
+        return from_start(action.reshape(-1, *self.space.shape), self.space)
+
     def to_env(self, action):
-        """Actions [N, K] as the environment takes them: numpy, from its start, [N] if Discrete."""
-        action = action.cpu().numpy().reshape(-1, *self.space.shape) + self.first  # waits
-        return action.astype(self.space.dtype)
+        """The same in numpy."""
+        return self.in_env(action.cpu()).numpy()            # waits for the device

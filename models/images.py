@@ -62,7 +62,8 @@ class Image(nn.Module):
     def forward(self, x):
         batch = x.shape[:-self.ndim]
         x = x.reshape(-1, *self.shape)                      # [M, H, W, C], [M, C, H, W] or [M, K, ...]
-        if x.device.type == "cpu" and len(self.cnn) > 1:    # cells have no convolutions to save
+        repeats = x.device.type == "cpu" and not torch.compiler.is_exporting()
+        if repeats and len(self.cnn) > 1:                   # cells have no convolutions to save
             images, where = distinct(x)
             y = self.encode(images)[where]
         else:

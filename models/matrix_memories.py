@@ -155,6 +155,8 @@ class GatedDeltaNet(MatrixMemory):
         # unitriangular: the solver takes the diagonal as 1.
         recalled = beta * (k @ k.mT) * D
         right_side = beta * torch.cat([v, d * k], dim=-1)
-        solution = torch.linalg.solve_triangular(recalled, right_side, upper=False, unitriangular=True)
+        solution = right_side                               # of a single step
+        if x.shape[1] > 1:
+            solution = torch.linalg.solve_triangular(recalled, right_side, upper=False, unitriangular=True)
         U, W = solution.chunk(2, dim=-1)
         return q, k, U, W, D, d

@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from models.command_line import RUNNING
 from models.encoder import to_tensors
+from models.policy import load  # noqa: F401  (a part of what this file offers)
 from models.run_folder import write
 
 LIMIT = 100_000  # steps of an episode, where the task does not set a longer one

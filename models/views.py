@@ -57,6 +57,8 @@ class ViewTable(Image):
 
     def forward(self, view, weight=None):
         """[..., out_size], or with weight [size, out_size] those times the weight, [..., size]."""
+        if torch.compiler.is_exporting():
+            return self.features(view.flatten(), weight).unflatten(0, view.shape)
         if torch.is_grad_enabled():
             views, where = view.unique(return_inverse=True)                 # waits for the device
             return F.embedding(where, self.features(views, weight))
@@ -113,6 +115,8 @@ class Whitened(nn.Module):
     def forward(self, x):
         if not self.numbered:
             return self.whiten(x.flatten(-3))
+        if torch.compiler.is_exporting():
+            return self.whiten(self.images.flatten(1)[x])
         if self.made_by != self.directions._version:        # new, loaded, or elsewhere
             self.made_by = self.directions._version
             with torch.inference_mode(False):               # training uses it too

@@ -1,14 +1,18 @@
 """What the tests of the scripts share: a small run and its results."""
 import csv
+import dataclasses
 import json
 import time
 from types import SimpleNamespace
 
+import safetensors.torch
 import torch
 from torch.utils import _pytree as pytree
 
+from envs.vector import make_envs
 from models.flags import read_checkpoint, read_model, refuse_what_is_out_of_range
-from models.loading import load
+from models.loading import LAYOUT, load
+from models.run_folder import make_agent
 
 SMALL = dict(
     env_id="PocMemory-v0", env_kwargs={"max_steps": 11}, num_envs=4, total_timesteps=4 * 32 * 3,
@@ -58,6 +62,20 @@ def run(tmp_path, script, **changes):
     saved = load("--resume", args.resume, read_checkpoint, script.SCRIPT) if args.resume else {}
     folder = script.train(args, saved)
     return list(csv.DictReader((folder / "progress.csv").open())), folder
+
+
+@torch.no_grad()
+def model_of_new_agent(path, script, spread=0.3, **changes):
+    """A model file as Run.save writes it, of an agent whose actions differ from step to step; its args."""
+    torch.manual_seed(1)
+    args = script.Args(**small(script, **changes))
+    agent, _ = make_agent(script.Agent, args, make_envs(args, 1, training=False), {})
+    for p in agent.parameters():
+        p.add_(spread * torch.randn_like(p))
+    flags = json.dumps(dataclasses.asdict(args))
+    metadata = {"script": script.SCRIPT, "layout": LAYOUT, "args": flags, "global_step": "0"}
+    safetensors.torch.save_file(agent.state_dict(), path, metadata)
+    return args
 
 
 def weights_of(folder):

@@ -833,3 +833,36 @@ def attention_without_positions():
         return note(steps, block, (x, keys, values, mask, torch.ones_like(turns)), out)
     note = insight.NOTED[gpt.Block]
     insight.NOTED[gpt.Block] = lambda *args: without(note, *args)
+
+
+# ---------------------------------------------------------------------- trained agents in other programs
+
+@plant("load: the next episode sees the last one's action and reward", "models/policy.py",
+       "test_policy.py::test_many_environments_at_once[everything]")
+def actions_of_the_last_episode():
+    rewrite(importlib.import_module("models.policy"), "if start.any():", "if first:")
+
+
+@plant("load imports whatever script a file names", "models/policy.py",
+       "test_policy.py::test_a_strangers_file_is_one_sentence_and_runs_nothing[script]")
+def any_script_is_imported():
+    rewrite(importlib.import_module("models.policy"), "if name not in SCRIPTS:", "if not name:")
+
+
+@plant("load imports whatever module a file's task names", "models/policy.py",
+       "test_policy.py::test_a_strangers_file_is_one_sentence_and_runs_nothing[module]")
+def any_module_is_imported():
+    rewrite(importlib.import_module("models.policy"), "if module and module not in sys.modules:", "if False:")
+
+
+@plant("--export keeps a file whatever it computes", "models/export.py",
+       "test_export.py::test_a_file_that_acts_otherwise_is_not_written")
+def exports_are_not_compared():
+    importlib.import_module("models.export").largest_difference = lambda *args: 0.0
+
+
+@plant("--export: i times i is 1", "models/real.py", "test_export.py::test_every_memory[lru-2-.pt2]")
+def wrong_complex_product():
+    real = importlib.import_module("models.real")
+    real.multiply = lambda x, y: real.Pair(
+        x.real * y.real + x.imag * y.imag, x.real * y.imag + x.imag * y.real)

@@ -257,8 +257,8 @@ def test_every_type_of_action(script, space, prev_action):
 @pytest.mark.quick
 def test_whole_numbers_within_bounds_are_all_taken():
     low, high = np.array([0, -100], np.int8), np.array([4, 100], np.int8)
-    ends = to_bounds(np.array([[-1.0, -1.0], [0.9, 1.0], [1.0, 0.0]]), low, high)
-    assert ends.tolist() == [[0, -100], [4, 100], [4, 0]] and ends.dtype == np.int8
+    ends = to_bounds(torch.tensor([[-1.0, -1.0], [0.9, 1.0], [1.0, 0.0]]), low, high)
+    assert ends.tolist() == [[0, -100], [4, 100], [4, 0]] and ends.dtype == torch.int8
 
 
 @pytest.mark.quick

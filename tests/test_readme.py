@@ -80,6 +80,20 @@ def test_a_memory_in_ten_lines_obeys_the_laws_and_trains(clone):
     assert "done at step 8192" in follow(clone, f"{train} --total-timesteps 8192")
 
 
+@pytest.mark.parametrize("name, says", [("load", "info['success']"), ("load-many", "start.shape")])
+def test_a_trained_agent_in_a_program_of_ones_own(clone, name, says):
+    (clone / "own.py").write_text(f"{block(name)}\nprint({says})\n")
+    assert follow(clone, "python own.py") == {"load": "True\n", "load-many": "(16,)\n"}[name]
+
+
+def test_an_exported_agent_runs_without_torch(clone):
+    for package in "onnxruntime", "onnxscript":
+        pytest.importorskip(package)
+    follow(clone, block("export"))
+    (clone / "own.py").write_text(f"{block('run-onnx')}\nimport sys\nprint(action, 'torch' in sys.modules)\n")
+    assert re.fullmatch(r"\[[0-9]\] False\n", follow(clone, "python own.py"))
+
+
 def test_a_result_is_rerun_and_drawn(clone):
     assert "1 finished" in follow(clone, block("rerun"))
     row, = csv.DictReader((clone / "runs/figures/table.csv").open())
