@@ -104,6 +104,7 @@ def draw_tasks(table, published, out):
     axis.set_yticks(range(len(scores)), list(scores), fontsize=6)
     axis.tick_params(axis="x", labelsize=7)
     axis.set_xlabel("return", fontsize=8)
+    axis.margins(y=0.01)
     axis.invert_yaxis()
     figure.legend(loc="outside upper center")
     save(figure, out / SUITE)
