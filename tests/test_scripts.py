@@ -277,7 +277,7 @@ def test_capture_video_films_every_checkpoint_and_changes_nothing(script, tmp_pa
 
 @of_discrete_actions
 def test_capture_video_needs_a_task_that_draws(script, tmp_path, capsys):
-    draws_nothing = dict(env_id="popgym-RepeatPreviousEasy-v0", env_kwargs={})
+    draws_nothing = dict(env_id="popgym-MultiarmedBanditEasy-v0", env_kwargs={})
     with pytest.raises(SystemExit):
         run(tmp_path, script, capture_video=True, **draws_nothing)
     assert "--capture-video" in capsys.readouterr().err
