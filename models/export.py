@@ -25,7 +25,7 @@ from models.flags import fail, refused_in_one_sentence
 from models.real import in_real, program_of
 
 STEPS, ROWS = 100, 3  # of the check
-TOLERANCE = 1e-5  # of it; of numbers larger than 1 it is a share
+TOLERANCE = 1e-5  # of it; of a tensor with numbers larger than 1 a share of the largest
 
 
 @torch.no_grad()
@@ -113,18 +113,20 @@ def run_pt2(path):
 
 
 def largest_difference(agent, obs, run):
-    """Between the agent and `run`, in STEPS steps of ROWS environments: of actions, states and numbers."""
+    """Between the agent and `run`, in STEPS steps of ROWS environments: of actions, states and numbers.
+
+    Each step begins with the agent's state, so that what differs is of one step.
+    """
     starts = torch.rand(STEPS, ROWS, generator=torch.Generator().manual_seed(1)) < 0.1
     starts[0] = True
     first = torch.arange(ROWS) * (STEPS // ROWS)            # each row sees what was played from there on
-    state = agent.memory.initial_state(ROWS)
-    states, differences = in_real(state), []
+    state, differences = agent.memory.initial_state(ROWS), []
     for t, start in enumerate(starts):
         seen = tuple(o[(first + t) % STEPS] for o in obs)
-        there = run(seen, start, states)
+        there = run(seen, start, in_real(state))
         action, state, numbers = agent.greedy(seen, state, start)
-        states, here = there[1], (action, in_real(state), numbers)
+        here = action, in_real(state), numbers
         for x, y in zip(pytree.tree_leaves(there), pytree.tree_leaves(here), strict=True):
             x, y = x.double(), y.double()
-            differences.append(((x - y).abs() / y.abs().clamp(min=1)).max())
+            differences.append((x - y).abs().max() / y.abs().max().clamp(min=1))
     return torch.stack(differences).max().item()

@@ -837,22 +837,28 @@ def attention_without_positions():
 
 # ---------------------------------------------------------------------- trained agents in other programs
 
+def rewrite_policy(old, new):
+    policy = importlib.import_module("models.policy")
+    rewrite(policy, old, new)
+    importlib.import_module("models.play").load = policy.load
+
+
 @plant("load: the next episode sees the last one's action and reward", "models/policy.py",
        "test_policy.py::test_many_environments_at_once[everything]")
 def actions_of_the_last_episode():
-    rewrite(importlib.import_module("models.policy"), "if start.any():", "if first:")
+    rewrite_policy("if start.any():", "if first:")
 
 
 @plant("load imports whatever script a file names", "models/policy.py",
        "test_policy.py::test_a_strangers_file_is_one_sentence_and_runs_nothing[script]")
 def any_script_is_imported():
-    rewrite(importlib.import_module("models.policy"), "if name not in SCRIPTS:", "if not name:")
+    rewrite_policy("if name not in SCRIPTS:", "if not name:")
 
 
 @plant("load imports whatever module a file's task names", "models/policy.py",
        "test_policy.py::test_a_strangers_file_is_one_sentence_and_runs_nothing[module]")
 def any_module_is_imported():
-    rewrite(importlib.import_module("models.policy"), "if module and module not in sys.modules:", "if False:")
+    rewrite_policy("if module and module not in sys.modules:", "if not args.env_id:")
 
 
 @plant("--export keeps a file whatever it computes", "models/export.py",

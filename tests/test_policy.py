@@ -133,6 +133,7 @@ def test_many_environments_at_once(tmp_path, name, changes):
         start = terminated | truncated
         ends += start.sum()
     assert np.array_equal(actions, theirs) and ends > 3
+    assert all(torch.equal(ours, other) for ours, other in zip(policy.state, state, strict=True))
     assert len(np.unique(np.concatenate(actions), axis=0)) > 1
 
 
