@@ -13,7 +13,7 @@ Writes
 Rows that were there before stay. Everything else is made from these two files and popgym-published.csv:
     popgym-full.png, .svg               every task: ours beside the best of 13 published memories
     popgym-full-curves.png, .svg        the best recipes while they train, a panel a family
-    popgym-full-aggregate.csv, .png     interquartile means over tasks and seeds, a line a memory
+    popgym-full-aggregate.csv, .png     interquartile means over tasks and seeds, a line a memory that has all
 """
 import json
 from dataclasses import dataclass
@@ -75,6 +75,15 @@ def read_run(folder, entry):
         "steps": rows[-1]["global_step"], "seconds": f"{float(rows[-1]['seconds']):.0f}",
         "mmer": f"{max(returns):.4f}", "exploring": f"{returns[-1]:.4f}", "final": evaluations[-1]["return"],
         "recipe": "best" if column == "best" else "1M"}, evaluations
+
+
+def complete(rows):
+    """The rows of the memories that have all tasks: means over some of them would say little."""
+    all_tasks = {"".join(entry["cell"][:2]) for entry in entries().values() if entry["suite"] == SUITE}
+    tasks = {}
+    for row in rows:
+        tasks.setdefault(row["memory"], set()).add(row["task"])
+    return [row for row in rows if tasks[row["memory"]] == all_tasks]
 
 
 def family_and_level(task):
@@ -144,11 +153,11 @@ def main(argv=None):
     draw_tasks(table, {row["task"]: row for row in read_csv(PUBLISHED)}, out)
     if curves:
         draw_families(curves, out)
-    million = [
-        {column: row[column] for column in ("task", "memory", "recipe", "seed")} | {"last": row["final"]}
-        for row in table if row["recipe"] == "1M"]
-    arms = million and aggregate(million)
-    if arms:
+    million = complete([row for row in table if row["recipe"] == "1M"])
+    if million:
+        arms = aggregate([
+            {column: row[column] for column in ("task", "memory", "recipe", "seed")} | {"last": row["final"]}
+            for row in million])
         write_csv(out / f"{SUITE}-aggregate.csv", arms)
         draw_aggregate(SUITE, arms, out)
 

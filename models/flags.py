@@ -123,6 +123,8 @@ def refuse_to_look_into_nothing(args):
             fail(f"--{name.replace('_', '-')} looks into a trained agent: name one by --model")
     if args.show_memory and args.render_mode != "rgb_array":
         fail("--show-memory makes a film: add --render-mode rgb_array")
+    if args.export is not None and (args.show_memory or args.forget_at or args.probe):
+        fail("--export plays nothing: leave out --show-memory, --forget-at and --probe")
     if args.probe and args.show_memory:
         fail("--probe plays many episodes that nobody watches: leave out --show-memory")
 

@@ -123,6 +123,16 @@ def test_a_name_that_cannot_be_exported(script, tmp_path, capsys, name, argv):
     assert f"--export {name} must end in .onnx or .pt2" in error and len(error.splitlines()) == 1
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("flags", [["--probe"], ["--forget-at", "3"]])
+def test_flags_that_an_export_would_ignore(tmp_path, capsys, flags):
+    model, path = tmp_path / "model.safetensors", tmp_path / "policy.pt2"
+    model_of_new_agent(model, ppo_recurrent_tbb)
+    error = refusal(capsys, ppo_recurrent_tbb, ["--model", str(model), "--export", str(path), *flags])
+    assert "--export plays nothing" in error and len(error.splitlines()) == 1
+    assert not path.exists()
+
+
 @pytest.mark.parametrize("missing", ["onnxruntime", "onnxscript"])
 def test_packages_that_are_not_installed(tmp_path, monkeypatch, capsys, missing):
     monkeypatch.setitem(sys.modules, missing, None)
