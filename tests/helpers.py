@@ -92,10 +92,11 @@ def comparable(rows):
     return [{tag: value for tag, value in row.items() if not tag.startswith(timed)} for row in rows]
 
 
-def wait_for(what, seconds=120):
-    """Until a path exists, or until a function says yes."""
+def wait_for(what, seconds=120, process=None):
+    """Until a path exists, or until a function says yes; `process` is to bring it about."""
     happened, deadline = what if callable(what) else what.exists, time.time() + seconds
     while not happened():
+        assert process is None or process.poll() is None, process.communicate()
         assert time.time() < deadline, f"{what}: nothing in {seconds} s"
         time.sleep(0.05)
 

@@ -33,6 +33,10 @@ class Args:
     flags: str | None = None
     resume: str | None = None
     model: str | None = None
+    export: str | None = None
+    probe: str | None = None
+    forget_at: int | None = None
+    show_memory: bool = False
 
 def check(args):
     pass
@@ -99,7 +103,8 @@ def test_after_sigkill_every_trial_is_there_once_and_no_step_is_made_twice(start
     flags = "--trials", "4", "--workers", "2", "--pruner", "none"
     killed = start(*flags)
     both = [runs / f"{number}__1" for number in (0, 1)]
-    wait_for(lambda: all((run / "checkpoint.pt").exists() and rows_of(run)[-1] == 4 for run in both), 600)
+    wait_for(lambda: all((run / "checkpoint.pt").exists() and rows_of(run)[-1] == 4 for run in both), 600,
+             killed)
     killed.kill()
     killed.communicate()
     chosen = [trial.params for trial in search_of(tmp_path).trials]
@@ -196,7 +201,7 @@ def test_another_search_of_the_same_name_and_a_second_process_are_refused(start,
     hold = tmp_path / "runs/small/hold"
     hold.touch()
     first = start("--trials", "1")
-    wait_for(tmp_path / "runs/small/started", 600)
+    wait_for(tmp_path / "runs/small/started", 600, first)
     second = start("--trials", "1")
     assert "another process" in second.communicate(timeout=600)[1] and second.returncode == 2
     hold.unlink()
