@@ -66,8 +66,8 @@ def cells_of(name, entry):
 
 
 def fill(command, texts):
-    """Puts the texts into the command's {placeholders}, and into those of other texts. Returns one line."""
-    for _ in range(2):
+    """Puts the texts into the command's {placeholders}, and into those of other texts, three deep. Returns one line."""
+    for _ in range(3):
         for name, text in texts.items():
             command = command.replace(f"{{{name}}}", text)
     return shlex.join(shlex.split(command))

@@ -33,6 +33,7 @@ from models.watch import witness  # noqa: E402
 
 MODELS = ROOT / "benchmark/models"
 L = 8  # steps of a segment
+ZERO = 1e-4  # where a logarithmic axis has its 0
 
 
 @dataclass
@@ -45,12 +46,17 @@ def segments(T=32):
     """How strongly the last step's value pulls on what was seen at each step, by an untrained LRU."""
     figure, axes = plt.subplots(
         2, 1, sharex=True, sharey=True, figsize=(7, 3.6), dpi=DPI, layout="constrained")
-    titles = "on the tape: nothing is cut", f"in segments of {L} steps: exactly 0 before the last one"
+    titles = "on the tape: nothing is cut", f"in segments of {L} steps: nothing from before the last one"
     for axis, length, title in zip(axes, (None, L), titles):
         pairs, _ = gradients("lru", length, T)              # [T, T] |d value_t / d x_s|
-        axis.bar(range(T), pairs[-1], color=[VERMILLION] + [BLUE] * (T - 1), log=True)
+        for s, (gradient, colour) in enumerate(zip(pairs[-1], [VERMILLION] + [BLUE] * (T - 1))):
+            axis.plot(s, max(gradient, ZERO), "o", color=colour, fillstyle="full" if gradient else "none")
+        axis.set_yscale("log")
+        axis.set_ylim(ZERO / 2, 2)
+        axis.set_yticks([ZERO, 0.001, 0.01, 0.1, 1], ["exactly 0", "0.001", "0.01", "0.1", "1"])
+        axis.minorticks_off()
         axis.set_title(title, fontsize=9, loc="left")
-        axis.text(0, 0.6, "the cue", fontsize=8, color=VERMILLION, ha="center",
+        axis.text(0, 0.7, "the cue", fontsize=8, color=VERMILLION, ha="center",
                   transform=axis.get_xaxis_transform())
     for edge in range(L, T, L):
         axes[1].axvline(edge - 0.5, color="black", linewidth=0.8)
@@ -97,17 +103,17 @@ def late():
 
 
 def cue():
-    """Strips of three agents that walk the same corridor, with both cues."""
-    strips = []
+    """Strips of three agents that walk the same corridor, after one cue and after the other."""
+    rows = []
     for memory in ("gru", "lru", "gpt"):
         agent, envs, args = agent_of(f"tmaze-50-memories__tmaze__{memory}__sbb")
         args.episodes = 2
         steps, _, _ = witness(agent, envs, args, forget_at=0)
-        picture, _ = strip(agent, steps, memory, width=400)
-        strips.append(picture)
-    height = max(map(len, strips))
-    strips = [np.pad(s, ((0, height - len(s)), (0, 0), (0, 0)), constant_values=255) for s in strips]
-    return np.concatenate(strips, axis=1)
+        second = [t for t, step in enumerate(steps) if step["age"] == 0][1]
+        down, _ = strip(agent, steps, slice(0, second), f"{memory}, the cue is down", width=440)
+        up, _ = strip(agent, steps, slice(second, len(steps)), f"{memory}, the cue is up", width=440)
+        rows.append(np.concatenate([down, up], axis=1))
+    return np.concatenate(rows)
 
 
 def agent_of(name):

@@ -28,6 +28,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 from entries import MEASURES, TASKS, entries
+from matplotlib.ticker import EngFormatter
 from run import command_line, fail
 
 plt.switch_backend("Agg")
@@ -273,6 +274,8 @@ def draw_grid(group, rows, entry, out, x="global_step", name=""):
                 if cell:
                     counts.add(len({row["seed"] for row in cell}))
                     draw_curves(axes[i][j], cell, x, label=curve, color=f"C{k}")
+            if x == "global_step":                          # 100k beside 125k: zeros would collide
+                axes[i][j].xaxis.set_major_formatter(EngFormatter(sep=""))
             axes[i][j].set_title(f"{column}, {line}", fontsize=8)
     axes[0][0].legend()
     seeds = " to ".join(map(str, sorted(counts)))

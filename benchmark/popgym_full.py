@@ -21,6 +21,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 from entries import ROOT, entries, fail
+from matplotlib.ticker import EngFormatter
 from plot import aggregate, draw_aggregate, draw_curves, read_csv, save, write_csv
 from run import command_line
 
@@ -134,7 +135,7 @@ def draw_families(curves, out, columns=4):
         for level, rows in levels.items():
             draw_curves(axis, rows, "global_step", label=level, color=LEVELS[level])
         axis.set_title(family, fontsize=8)
-        axis.xaxis.set_major_formatter(lambda steps, _: f"{steps / 1e6:g}M")
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes[0][0].legend()
     figure.supxlabel("environment steps", fontsize=8)
     figure.supylabel("return without exploring, mean and range of the seeds", fontsize=8)

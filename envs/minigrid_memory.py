@@ -34,6 +34,7 @@ def enumerate_states(size, view_size, tile_size, random_length, rgb):
 
     worlds      K MemoryEnv objects, one a layout. Layouts differ in the length of the hallway, the
                 object in the room, and which object lies where at the junction.
+    objects     [K] the number of the object in the room, as MiniGrid counts them
     begins      K arrays: the states in which an episode of this layout may begin
     where       [S, 4] layout, x, y, direction
     next_state  [S, 3] the state after each action
@@ -95,10 +96,11 @@ def enumerate_states(size, view_size, tile_size, random_length, rgb):
             ends.append(0 if not terminated else SUCCESS if at_goal else FAILURE)
         next_state.append(follows)
         outcome.append(ends)
+    objects = [OBJECT_TO_IDX[world.grid.get(1, size // 2 - 1).type] for world in worlds]
     return SimpleNamespace(
-        worlds=worlds, begins=[np.array(states) for states in begins], where=np.array(where),
-        next_state=np.array(next_state), outcome=np.array(outcome), seen=np.array(seen),
-        views=np.stack(views))
+        worlds=worlds, objects=np.array(objects), begins=[np.array(states) for states in begins],
+        where=np.array(where), next_state=np.array(next_state),
+        outcome=np.array(outcome), seen=np.array(seen), views=np.stack(views))
 
 
 class MinigridMemoryBatch(BatchEnv):
@@ -134,6 +136,9 @@ class MinigridMemoryBatch(BatchEnv):
         success = outcome == SUCCESS
         reward = np.where(success, 1 - 0.9 * self.t / self.max_steps, 0.0)
         return reward, outcome > 0, self.t >= self.max_steps, success
+
+    def remembered(self):
+        return {"object": self.tables.objects[self.tables.where[self.state, 0]]}
 
     def observe(self):
         seen = self.tables.seen[self.state]                 # [N]

@@ -171,6 +171,10 @@ class AutoencodeBatch(CardsBatch):
         right = actions == self.card(asked)
         return (self.t >= self.last) * np.where(right, 1, -1) / self.num_cards
 
+    def remembered(self):
+        cards = newest(self.cards, np.minimum(self.t, self.last), self.num_cards)
+        return {"card": np.where(self.t[:, None] <= self.last, cards, -1)}  # of those that are being shown
+
     def observe(self):
         suit = self.card(np.minimum(self.t, self.last))
         return (self.t < self.last).astype(int), np.where(self.t <= self.last, suit, 0)
@@ -211,6 +215,9 @@ class CountRecallBatch(CardsBatch):
         right = actions == self.counts[N, self.queries[N, self.t]]
         self.counts[N, self.card(self.t + 1)] += 1
         return np.where(right, 1, -1) / (self.num_cards - 1)
+
+    def remembered(self):
+        return {f"how many {self.names[0]}": self.counts[:, 0]}
 
     def observe(self):
         query = self.queries[np.arange(self.num_envs), self.t]

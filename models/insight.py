@@ -23,17 +23,18 @@ def noting(agent):
     empty       whether its memory holds nothing: so begins an episode, and so it is after a wipe
     state       [U] the memory's state after the step, complex numbers as two
     policy      [A] probabilities of the actions. PQN, DQN: their values. Box: the action
+    sizes       how many actions each branch has; Box: none
     values      [1 or 2] the value (PPO) or the largest Q of each critic; of SAC and TD3 see critics_of
     kept        one [K] a layer with gates or decay: what each unit of the state was multiplied with
-    attention   one [keys] a layer of GPT: how much it looked at each step, the newest last
+    attention   one [keys] a head of GPT: how much it looked at each step, the newest last
     """
     steps, act = [], agent.act
 
     def noted(obs, state, start):
         empty = all(torch.equal(s, e) for s, e in zip(state, agent.memory.initial_state(1)))
         age = steps[-1]["age"] + 1 if steps and not start else 0
-        steps.append({"obs": obs, "age": age, "empty": age == 0 or empty, "values": [], "kept": [],
-                      "attention": []})
+        steps.append({"obs": obs, "age": age, "empty": age == 0 or empty, "sizes": [], "values": [],
+                      "kept": [], "attention": []})
         action, state = act(obs, state, start)
         steps[-1]["state"] = numbers(state)
         return action, state
@@ -82,13 +83,20 @@ def note_action(size, steps, layers, args, out):
 
 
 def note_policy(steps, head, args, dist):
-    gaussian = isinstance(dist, DiagonalGaussian)
-    steps[-1]["policy"] = numbers([dist.mode()] if gaussian else [b.logp.exp() for b in dist.branches])
+    if isinstance(dist, DiagonalGaussian):
+        steps[-1]["policy"] = numbers([dist.mode()])
+    else:
+        note_actions(steps, [branch.logp.exp() for branch in dist.branches])
 
 
 def note_q(steps, head, args, q):
     steps[-1]["values"].append(q.of(q.greedy()).item())
-    steps[-1].setdefault("policy", numbers(q.branches))     # SAC-Discrete's policy has come before
+    if "policy" not in steps[-1]:                           # SAC-Discrete's has come before
+        note_actions(steps, q.branches)
+
+
+def note_actions(steps, branches):
+    steps[-1] |= {"policy": numbers(branches), "sizes": [branch.shape[-1] for branch in branches]}
 
 
 def note_rnn(steps, memory, args, out):
@@ -116,7 +124,7 @@ def note_attention(steps, block, args, out):
     query, _, _ = block.qkv(block.norm(x)).chunk(3, dim=-1)
     query, keys = block.rotate(query, turns[-1:]), block.rotate(out[1][:, -len(turns) :], turns)
     scores = query @ keys.mT / query.shape[-1] ** 0.5       # [1, heads, 1, keys]
-    steps[-1]["attention"].append(scores.softmax(-1).mean(1).flatten().cpu().numpy())
+    steps[-1]["attention"].extend(scores.softmax(-1).flatten(0, 2).cpu().numpy())
 
 
 NOTED = {

@@ -115,7 +115,7 @@ def draw(name, curves, title):
             axis.plot(x, right, color=colour, label=arm, marker="." if len(x) < 80 else None)
             rows += [(arm, quantity, xlabel, f"{k:.0f}", f"{a:.4f}", f"{c:.4f}") for k, a, c in points]
         axis.plot(x, chance, color="gray", linestyle=":", label="best guess")
-        axis.set(title=f"{title}: {quantity}", xlabel=xlabel, ylabel="read from the state", ylim=(0, 1.05))
+        axis.set(title=f"{title}: {quantity}", xlabel=xlabel, ylabel="readout is right", ylim=(0, 1.05))
         axis.title.set_fontsize(9)
     axes[0, 0].legend(frameon=False, fontsize=8)
     write(Path(f"{name}.png"), lambda beside: figure.savefig(beside, format="png"))

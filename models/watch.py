@@ -17,7 +17,7 @@ SHOTS = 200  # of a longer film every second is left out, and again
 
 def watch(agent, envs, args):
     """Plays --episodes; with --forget-at each again with its state wiped. --show-memory films it."""
-    films, returns = [], []
+    parts = []                                              # (steps, shots, what is shown, return) of each
     for forget_at in (0, args.forget_at) if args.forget_at else (0,):
         steps, shots, results = witness(agent, envs, args, forget_at)
         what = f"state wiped at step {forget_at}" if forget_at else "state kept"
@@ -25,17 +25,15 @@ def watch(agent, envs, args):
         last = max(step["age"] for step in steps)
         if args.forget_at > last:
             fail(f"--forget-at {args.forget_at}: no episode lasts so long; give at most {last}")
-        returns.append(np.mean(results, axis=0)[0])
-        if args.show_memory:
-            shown = what if args.forget_at else f"{args.env_id}, {args.memory}"
-            title = f"{shown}: return {returns[-1]:.2f}"
-            films.append(film_of(agent, steps, shots, title, forget_at, HALF if args.forget_at else WIDTH))
+        shown = what if args.forget_at else f"{args.env_id}, {args.memory}"
+        parts.append((steps, shots, shown, np.mean(results, axis=0)[0]))
     if args.forget_at:
+        (*_, kept), (*_, wiped) = parts
         print(f"without what it remembered until step {args.forget_at} the return changes by "
-              f"{returns[1] - returns[0]:+.2f}")
-    if films:
+              f"{wiped - kept:+.2f}")
+    if args.show_memory:
         ending = f"-forget-{args.forget_at}" if args.forget_at else "-memory"
-        save(Path(args.model).with_suffix("").as_posix() + ending, side_by_side(films), envs)
+        save(Path(args.model).with_suffix("").as_posix() + ending, films_of(agent, parts, args), envs)
 
 
 def witness(agent, envs, args, forget_at):
@@ -59,16 +57,30 @@ def witness(agent, envs, args, forget_at):
     return steps, shots, results
 
 
-def film_of(agent, steps, shots, title, forget_at, width):
-    """[H, width, 3] frames: the task above, below it the strip as far as time has come."""
-    wiped_at = [t for t, step in enumerate(steps) if forget_at and step["age"] == forget_at]
-    whole, (rows, columns) = strip(agent, steps, title, width, wiped_at)
-    frames = []
+def films_of(agent, parts, args):
+    """[H, W, 3] frames: a film, or two side by side, the state kept and wiped."""
+    everything, films = [step for steps, *_ in parts for step in steps], []
+    begin, width = 0, HALF if args.forget_at else WIDTH
+    for steps, shots, shown, mean in parts:
+        part = slice(begin, begin + len(steps))
+        wiped_at = [t for t, step in enumerate(steps) if begin and step["age"] == args.forget_at]
+        below = strip(agent, everything, part, f"{shown}: return {mean:.2f}", width, wiped_at)
+        films.append(film_of(shots, len(steps), *below))
+        begin += len(steps)
+    return side_by_side(films)
+
+
+def film_of(shots, length, whole, place):
+    """[H, width, 3] frames: the task above, below it the strip as far as time has come.
+
+    length: steps; whole, place: what strip() returns
+    """
+    frames, (rows, columns) = [], place
     for so_far, picture in shots:
-        now = columns.start + (columns.stop - columns.start) * so_far // len(steps)
+        now = columns.start + (columns.stop - columns.start) * so_far // length
         below = whole.copy()
         below[rows, now : columns.stop] = 245
-        frames.append(np.concatenate([fitted(picture, width), below]))
+        frames.append(np.concatenate([fitted(picture, whole.shape[1]), below]))
     return frames
 
 

@@ -17,6 +17,7 @@ from models import play as playing
 from models.gpt import F as of_gpt
 from models.play import play
 from models.run_folder import make_agent
+from models.strip import strip
 from tests.conftest import ROOT, SCRIPTS
 from tests.helpers import run, spy
 
@@ -118,8 +119,8 @@ def test_attention_is_what_the_transformer_multiplies_its_values_with(monkeypatc
     assert [len(step["attention"][0]) for step in steps] == [1, 2, 3, 4, 5, 5, 5]
     for step, call in zip(steps, calls):
         query, key = call.args[0], call.args[1]             # [1, heads, 1 or keys, head_size]
-        weights = (query @ key.mT / query.shape[-1] ** 0.5).softmax(-1).mean(1).flatten()
-        np.testing.assert_allclose(step["attention"][0], weights, rtol=1e-4)
+        weights = (query @ key.mT / query.shape[-1] ** 0.5).softmax(-1).flatten(0, 2)
+        np.testing.assert_allclose(step["attention"], weights, rtol=1e-4)
 
 
 def test_values_and_probabilities_are_those_of_the_policy_that_acts():
@@ -164,6 +165,24 @@ def test_a_film_of_every_script(script, tmp_path, capsys):
     assert last.shape[1] == 2 * watch.HALF and frames[-1].shape[:2] == last.shape[:2]
     to_come = [(frame[-200:, :, :3] == 238).all(-1).mean() for frame in frames]
     assert to_come[0] > 0.5 and to_come[-1] < 0.05          # the strip grows with time
+
+
+def test_parts_of_a_strip_have_the_rows_and_the_scales_of_all():
+    agent, xs = noted("lstm", steps=6)
+
+    def acted(xs):
+        state, start = agent.memory.initial_state(1), torch.ones(1, dtype=torch.bool)
+        with torch.no_grad(), insight.noting(agent) as steps:
+            for x in xs:
+                _, state = agent.act((x,), state, start)
+                start = torch.zeros_like(start)
+        return steps
+
+    little, much = acted(xs), acted(5 * xs)
+    first, second = slice(0, 6), slice(6, 12)
+    alike, _ = strip(agent, little + little + much, first, "")
+    assert (alike == strip(agent, little + little + much, second, "")[0]).all()
+    assert (alike != strip(agent, little + little, first, "")[0]).any(-1).mean() > 0.01
 
 
 def test_a_long_film_has_few_frames_and_plays_in_under_a_minute(tmp_path, monkeypatch):
@@ -245,6 +264,28 @@ def test_who_answers_what_is_to_be_remembered_is_right(env_id, answer):
             recent = named["bit"][:, :10]
             np.testing.assert_array_equal(recent.clip(0).sum(1), named["number"])
             assert ((recent < 0).sum(1) == max(0, 9 - t)).all()
+
+
+def test_what_the_other_tasks_name_is_what_is_there():
+    rows = np.arange(6)
+    cards = gym.make_vec("popgym-AutoencodeEasy-v0", 6)
+    (_, first), _ = cards.reset(seed=0)
+    for t in range(1, 53):
+        (_, newest), *_ = cards.step(np.zeros(6, int))
+        card = cards.unwrapped.remembered()["card"]
+        assert (card == -1).all() if t > 51 else (card[:, 0] == newest).all() and (card[:, t] == first).all()
+    counts = gym.make_vec("popgym-CountRecallEasy-v0", 6)
+    obs, _ = counts.reset(seed=0)
+    black = 1 * (obs[:, 0] == 0)
+    for _ in range(20):
+        np.testing.assert_array_equal(counts.unwrapped.remembered()["how many b"], black)
+        obs, *_ = counts.step(np.zeros(6, int))
+        black = black + (obs[:, 0] == 0)
+    maze = gym.make_vec("MinigridMemory-v0", 6)
+    maze.reset(seed=0)
+    named = maze.unwrapped.remembered()["object"]
+    seen = [maze.unwrapped.world(i).grid.get(1, 3).encode()[0] for i in rows]
+    assert named.tolist() == seen and len(set(seen)) == 2
 
 
 def test_a_cue_that_was_not_seen_is_not_to_be_remembered():
