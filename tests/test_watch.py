@@ -153,7 +153,7 @@ def test_the_critics_that_do_not_act_see_the_same_episode_and_the_same_wipe():
 
 # ---------------------------------------------------------------------- films
 
-@pytest.mark.parametrize("script", SCRIPTS, indirect=True)
+@pytest.mark.parametrize("script", [*SCRIPTS, "ppo_recurrent_tbb_multigpu"], indirect=True)
 def test_a_film_of_every_script(script, tmp_path, capsys):
     _, folder = run(tmp_path, script)
     look = ["--model", str(folder / "model.safetensors"), "--render-mode", "rgb_array", "--show-memory"]
