@@ -66,7 +66,7 @@ def cells_of(name, entry):
 
 
 def fill(command, texts):
-    """Puts the texts into the command's {placeholders}, and into those of other texts, three deep. Returns one line."""
+    """Puts texts into the command's {placeholders}, and into those of texts, three deep. Returns one line."""
     for _ in range(3):
         for name, text in texts.items():
             command = command.replace(f"{{{name}}}", text)

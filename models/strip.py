@@ -63,8 +63,8 @@ def panels_of(agent, steps):
         units = state[np.argsort(-state.std(axis=1), kind="stable")[:UNITS]]
         low, high = units.min(axis=1, keepdims=True), units.max(axis=1, keepdims=True)
         units = (units - low) / (high - low + 1e-9)         # each in all colours
-        tens = {row - 1: row for row in range(10, len(units) + 1, 10)}
-        panels.append((f"state:\n{len(units)} of {len(state)}\nnumbers", 120, heat(units, names=tens)))
+        numbered = {row - 1: row for row in range(5, len(units) + 1, 5)}
+        panels.append((f"state:\n{len(units)} of {len(state)}\nnumbers", 120, heat(units, names=numbered)))
     if steps[0]["kept"]:
         kept = np.stack([np.concatenate(step["kept"]) for step in steps], axis=1)           # [K, T]
         panels.append(("forgets", 50, shares(1 - kept)))
@@ -99,7 +99,9 @@ def heat(rows, origin="upper", names=None, cut=0):
         low, high = np.nanpercentile(rows, (cut, 100 - cut))
         axis.imshow(rows[:, part], aspect="auto", cmap=CIVIDIS, interpolation="nearest", origin=origin,
                     vmin=low, vmax=max(high, low + 1e-6))
-        if origin == "upper":
+        if origin == "lower":
+            axis.set_ylim(-1.5)                             # room between the first row and the frame
+        else:
             axis.set_yticks(list(names or {}), (names or {}).values(), fontsize=5)
     return draw
 
@@ -112,5 +114,6 @@ def shares(rows):
         t = np.arange(len(low[part]))
         axis.fill_between(t, low[part], high[part], color=BLUE, alpha=0.25, linewidth=0, step="mid")
         axis.plot(t, rows.mean(axis=0)[part], color=BLUE, linewidth=1.2)
-        axis.set_ylim(0, max(0.1, 1.05 * high.max()))
+        top = max(0.1, 1.05 * high.max())
+        axis.set_ylim(-0.05 * top, top)
     return draw
