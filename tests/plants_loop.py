@@ -835,6 +835,14 @@ def attention_without_positions():
     insight.NOTED[gpt.Block] = lambda *args: without(note, *args)
 
 
+@plant("each half of a film has rows and scales of its own", "models/watch.py, films_of",
+       "test_watch.py::test_both_halves_of_a_film_have_the_same_rows_and_scales")
+def halves_that_cannot_be_compared():
+    watch = importlib.import_module("models.watch")
+    wrap(watch, "strip", lambda strip, agent, steps, part, *rest: strip(
+        agent, steps[part], slice(None), *rest))
+
+
 # ---------------------------------------------------------------------- trained agents in other programs
 
 def rewrite_policy(old, new):

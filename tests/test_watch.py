@@ -2,6 +2,7 @@
 import importlib
 import json
 import sys
+import types
 
 import gymnasium as gym
 import imageio.v2 as imageio
@@ -17,7 +18,6 @@ from models import play as playing
 from models.gpt import F as of_gpt
 from models.play import play
 from models.run_folder import make_agent
-from models.strip import strip
 from tests.conftest import ROOT, SCRIPTS
 from tests.helpers import run, spy
 
@@ -167,7 +167,7 @@ def test_a_film_of_every_script(script, tmp_path, capsys):
     assert to_come[0] > 0.5 and to_come[-1] < 0.05          # the strip grows with time
 
 
-def test_parts_of_a_strip_have_the_rows_and_the_scales_of_all():
+def test_both_halves_of_a_film_have_the_same_rows_and_scales():
     agent, xs = noted("lstm", steps=6)
 
     def acted(xs):
@@ -178,11 +178,17 @@ def test_parts_of_a_strip_have_the_rows_and_the_scales_of_all():
                 start = torch.zeros_like(start)
         return steps
 
+    def halves(*films):
+        args, shot = types.SimpleNamespace(forget_at=99), np.zeros((9, 9, 3), np.uint8)
+        parts = [(steps, [(len(steps), shot)], "", 0.0) for steps in films]
+        frame, = watch.films_of(agent, parts, args)
+        return np.split(frame, 2, axis=1)
+
     little, much = acted(xs), acted(5 * xs)
-    first, second = slice(0, 6), slice(6, 12)
-    alike, _ = strip(agent, little + little + much, first, "")
-    assert (alike == strip(agent, little + little + much, second, "")[0]).all()
-    assert (alike != strip(agent, little + little, first, "")[0]).any(-1).mean() > 0.01
+    left, right = halves(little, little)
+    np.testing.assert_array_equal(left, right)
+    beside_much, _ = halves(little, much)
+    assert (left != beside_much).any(-1).mean() > 0.01
 
 
 def test_a_long_film_has_few_frames_and_plays_in_under_a_minute(tmp_path, monkeypatch):
