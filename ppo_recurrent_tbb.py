@@ -28,7 +28,6 @@ import torch.nn as nn
 from envs.vector import make_envs, make_rendered  # importing envs registers its tasks
 from models import MEMORIES, Encoder, PolicyHead, RunningMeanStd, init, linear_scan, to_tensors
 from models.cpu_speed import keep_freed_memory
-from models.export import export
 from models.flags import Count, Fraction, Json, Positive, Schedule, Whole, fail, parse
 from models.play import enjoy, film, play
 from models.run_folder import Run, make_agent, restore_random_generators
@@ -400,8 +399,6 @@ def main(argv=None):
         return train(args, saved)
     envs = make_rendered(args, args.render_mode)
     agent, _ = make_agent(Agent, args, envs, saved)
-    if args.export is not None:
-        return export(agent, envs, args)
     enjoy(agent, envs, args)
 
 

@@ -28,7 +28,6 @@ import torch.nn.functional as F
 from envs.vector import make_envs, make_rendered  # importing envs registers its tasks
 from models import MEMORIES, PolicyHead, QHead, Trunks, init, to_tensors
 from models.cpu_speed import keep_freed_memory
-from models.export import export
 from models.files import refuse_more_than_memory
 from models.flags import Count, Fraction, Json, Positive, Schedule, Whole, fail, number, parse
 from models.play import enjoy, film, play
@@ -487,8 +486,6 @@ def main(argv=None):
         return train(args, saved)
     envs = make_rendered(args, args.render_mode)
     agent, _ = make_agent(Agent, args, envs, saved)
-    if args.export is not None:
-        return export(agent, envs, args)
     enjoy(agent, envs, args)
 
 

@@ -72,8 +72,12 @@ def limit_of(envs):
 def enjoy(agent, envs, args):
     """Plays --episodes of one environment; prints text frames, or writes a GIF beside the model.
 
-    --show-memory, --forget-at and --probe look inside; what draws for them is imported only then.
+    --export takes it away; --show-memory, --forget-at and --probe look inside. What they need is imported
+    only then.
     """
+    if args.export is not None:
+        from models.export import export
+        return export(agent, envs, args)
     if args.probe:
         from models.probe import probe
         return probe(agent, envs, args)
