@@ -145,12 +145,13 @@ def grid_table(rows):
     return markdown([*axes, *columns], cells)
 
 
-def mean_cell(scores, most, digits=2):
+def mean_cell(scores, usual, digits=2):
+    """usual: how many scores need not be said"""
     if not scores:
         return "-"
     half_range = f" ± {(max(scores) - min(scores)) / 2:.{digits}f}" if len(scores) > 1 else ""
-    fewer = f" (n = {len(scores)})" if len(scores) < most else ""
-    return f"{statistics.mean(scores):.{digits}f}{half_range}{fewer}"
+    count = f" (n = {len(scores)})" if len(scores) != usual else ""
+    return f"{statistics.mean(scores):.{digits}f}{half_range}{count}"
 
 
 def aggregate_table(rows):
@@ -323,10 +324,10 @@ def popgym_table(rows):
     for row in rows:
         if row["recipe"] == "best":
             best.setdefault(row["task"], []).append(row)
-    most = max(map(len, best.values()))
+    usual = statistics.mode(map(len, best.values()))
     for task, runs in best.items():
         scores = (
-            mean_cell([float(row[name]) for row in runs], most, digits=3)
+            mean_cell([float(row[name]) for row in runs], usual, digits=3)
             for name in ("final", "exploring", "mmer"))
         script = runs[0]["script"].split("_")[0].upper()
         theirs = published.get(task, {"gru": "-", "best": "-", "model": ""})
@@ -340,7 +341,7 @@ def popgym_table(rows):
 def popgym_memories_table(rows):
     """popgym-full.csv: a column each memory, after its million steps."""
     rows = [row for row in rows if row["recipe"] == "1M"]
-    memories, cells = different(rows, "memory"), []
+    memories, cells = sorted(different(rows, "memory")), []
     for task in different(rows, "task"):
         scores = {}
         for row in rows:

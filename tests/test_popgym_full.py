@@ -119,7 +119,7 @@ def test_the_table_of_memories():
     rows = [row | {"memory": "lru", "final": "-0.2"}, row | {"memory": "gru", "final": "-0.3"},
             row | {"memory": "lru", "final": "0.9", "recipe": "best"}]
     assert pages.popgym_memories_table(rows).splitlines() == [
-        "| task | lru | gru |", "|---|---|---|", "| AutoencodeHard | -0.20 | -0.30 |"]
+        "| task | gru | lru |", "|---|---|---|", "| AutoencodeHard | -0.30 | -0.20 |"]
 
 
 def test_players_who_know_the_rules_have_what_is_committed():
