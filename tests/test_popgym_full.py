@@ -1,6 +1,7 @@
 """benchmark/popgym_full.py: from run folders to the table of all of POPGym."""
 import csv
 import json
+import re
 import sys
 
 import pytest
@@ -101,6 +102,19 @@ def test_the_suite_has_every_task_with_every_memory():
     cells = [entry["cell"] for entry in entries().values() if entry["suite"] == "popgym-full"]
     assert len(cells) == 42 * (1 + len(MEMORIES))
     assert {memory for _, _, memory in cells} == {"best", *MEMORIES}
+
+
+def test_every_placeholder_of_every_entry_is_filled():
+    assert not [name for name, entry in entries().items() if re.search(r"{[\w-]+[}{]", entry["command"])]
+
+
+def test_a_cell_says_how_many_seeds_it_has_where_others_have_another_number():
+    row = {"script": "pqn_recurrent_tbb.py", "memory": "lru", "steps": "9", "seconds": "9", "mmer": "0",
+           "exploring": "0", "final": "0.5", "recipe": "best"}
+    seeds = {"AutoencodeEasy": 2, "AutoencodeMedium": 3, "AutoencodeHard": 1, "CountRecallEasy": 2}
+    table = pages.popgym_table([row | {"task": task} for task, n in seeds.items() for _ in range(n)])
+    finals = [line.split(" | ")[4] for line in table.splitlines()[2:]]
+    assert finals == ["0.500 ± 0.000", "0.500 ± 0.000 (n = 3)", "0.500 (n = 1)", "0.500 ± 0.000"]
 
 
 def test_the_table_beside_the_published_one():

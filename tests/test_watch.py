@@ -13,7 +13,7 @@ import torch
 import dqn_recurrent_sbb
 import ppo_recurrent_sbb
 from envs.vector import make_envs
-from models import MEMORIES, insight, probe, watch
+from models import MEMORIES, insight, probe, strip, watch
 from models import play as playing
 from models.gpt import F as of_gpt
 from models.play import play
@@ -121,6 +121,9 @@ def test_attention_is_what_the_transformer_multiplies_its_values_with(monkeypatc
         query, key = call.args[0], call.args[1]             # [1, heads, 1 or keys, head_size]
         weights = (query @ key.mT / query.shape[-1] ** 0.5).softmax(-1).flatten(0, 2)
         np.testing.assert_allclose(step["attention"], weights, rtol=1e-4)
+    looked = strip.attended(steps)                          # [7 steps of the episode, 7]; 2 of them are gone
+    np.testing.assert_allclose(looked[2:, 6], weights.amax(0), rtol=1e-4)
+    assert np.isnan(looked[:2, 6]).all() and np.isnan(looked[1:, 0]).all()
 
 
 def test_values_and_probabilities_are_those_of_the_policy_that_acts():
@@ -131,6 +134,7 @@ def test_values_and_probabilities_are_those_of_the_policy_that_acts():
     dist, value, _ = agent((xs[:1],), agent.memory.initial_state(1), start[None])
     step, = steps
     np.testing.assert_allclose(step["policy"], dist.logp.detach().exp().flatten(), rtol=1e-5)
+    assert step["sizes"] == [2]                             # so the rows of its panel are numbered 0 and 1
     assert step["policy"].argmax() == action and step["values"] == pytest.approx([value.item()])
     np.testing.assert_array_equal(step["state"], h.detach().flatten())
     assert step["age"] == 0 and step["empty"]
