@@ -423,6 +423,7 @@ def train(args, saved):
                 "charts/episodic_return": episodic_return,
                 "charts/episodic_length": episodic_length,
                 "charts/success": success,
+                "charts/episodes": len(envs.recent),
                 "charts/learning_rate": learning_rate,
                 "charts/epsilon": epsilon,
                 "charts/gradient_steps": gradient_steps,

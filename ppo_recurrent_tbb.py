@@ -369,6 +369,7 @@ def train(args, saved):
             "charts/episodic_return": episodic_return,
             "charts/episodic_length": episodic_length,
             "charts/success": success,
+            "charts/episodes": len(envs.recent),
             "charts/learning_rate": learning_rate,
             "eval/episodic_return": eval_returns.mean(),
             "eval/return_std": eval_returns.std(),

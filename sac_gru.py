@@ -532,6 +532,7 @@ def train(args, saved):
                 "charts/episodic_return": episodic_return,
                 "charts/episodic_length": episodic_length,
                 "charts/success": success,
+                "charts/episodes": len(envs.recent),
                 "charts/learning_rate": actor_optimizer.param_groups[0]["lr"],
                 "charts/gradient_steps": gradient_steps,
                 "eval/episodic_return": eval_returns.mean(),
