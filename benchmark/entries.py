@@ -38,6 +38,22 @@ def entries(path=TASKS):
     return out
 
 
+def argv_of(entry, seed):
+    """What a run of the entry is started with."""
+    return [*shlex.split(entry["command"]), "--seed", str(seed)]
+
+
+def command_file(folder):
+    """The file beside a run folder that keeps what run.py began it with."""
+    return folder.with_name(f"{folder.name}.command")
+
+
+def of_another_recipe(folder, argv):
+    """Whether the run in this folder was begun with another command: its entry has changed since then."""
+    file = command_file(folder)
+    return folder.exists() and file.exists() and file.read_text() != shlex.join(argv)
+
+
 def close_to(name, names):
     """Up to three names for somebody who typed another: a grid's cells, or what is spelled alike."""
     cells = [each for each in names if each.startswith(f"{name}__")]

@@ -195,7 +195,8 @@ def aggregate(rows, draws=10_000):
     """Rows of a grid's table -> interquartile means over tasks and seeds, with a 95 % interval: a row an arm.
 
     Stratified bootstrap: seeds are drawn again within each task (Agarwal et al. 2021,
-    https://arxiv.org/abs/2108.13264). Scores are taken as they are. Arms that lack a task are left out.
+    https://arxiv.org/abs/2108.13264). Scores are taken as they are. A task with fewer seeds weighs as much as
+    the others. Arms that lack a task are left out.
     """
     first, *others = [name for name in rows[0] if name not in ("seed", "last", "steps", "seconds")]
     tasks, out, rng = {row[first] for row in rows}, [], np.random.default_rng(0)
@@ -206,12 +207,13 @@ def aggregate(rows, draws=10_000):
     for arm, scores in arms.items():
         if scores.keys() != tasks:
             continue
-        again = [rng.choice(x, (draws, len(x))) for x in scores.values()]
+        seeds = math.lcm(*map(len, scores.values()))        # every score so often that all tasks have as many
+        again = [np.repeat(rng.choice(x, (draws, len(x))), seeds // len(x), axis=1) for x in scores.values()]
         low, high = np.quantile(iqm(np.concatenate(again, axis=1)), (0.025, 0.975))     # of [draws, runs]
-        runs = np.concatenate(list(scores.values()))
+        runs = np.concatenate([np.repeat(x, seeds // len(x)) for x in scores.values()])
         out.append(dict(zip(others, arm)) | {
             "iqm": f"{iqm(runs):.3f}", "low": f"{low:.3f}", "high": f"{high:.3f}", "tasks": len(tasks),
-            "runs": len(runs)})
+            "runs": sum(map(len, scores.values()))})
     return out
 
 

@@ -7,20 +7,23 @@ Writes
     popgym-full.csv           a row a run: mmer is the greatest mean return of 100 training episodes, POPGym's
                               measure, and exploring is the last of them, both of the policy that explores;
                               final is the last evaluation, of the one that does not; recipe is "best", or
-                              "1M": a million steps with this memory
+                              "1M": a million steps with this memory; run is the run's folder
     popgym-full-curves.csv    the evaluations of the best recipes
 
-Rows that were there before stay. Everything else is made from these two files and popgym-published.csv:
+Rows that were there before stay, if the suite still has their recipe. To join the runs of two machines call
+it twice, with the --runs-dir of either. The rest is made from these two files and popgym-published.csv:
     popgym-full.png, .svg               every task: ours beside the best of 13 published memories
     popgym-full-curves.png, .svg        the best recipes while they train, a panel a family
     popgym-full-aggregate.csv, .png     interquartile means over tasks and seeds, a line a memory that has all
 """
+import csv
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from entries import ROOT, entries, fail
+from entries import ROOT, argv_of, entries, fail, of_another_recipe
 from matplotlib.ticker import EngFormatter
 from plot import aggregate, draw_aggregate, draw_curves, read_csv, save, write_csv
 from run import command_line
@@ -39,43 +42,71 @@ class Args:
 def collect(folder, out):
     """Puts the finished runs into the two files, in place of their older rows. Returns all rows of both."""
     table_file, curves_file = out / f"{SUITE}.csv", out / f"{SUITE}-curves.csv"
-    table = {key_of(row): row for row in read_csv(table_file)}
-    curves = {}
+    suite = {name: entry for name, entry in entries().items() if entry["suite"] == SUITE}
+    before = {row["run"]: row for row in read_csv(table_file)}
+    table = {run: row for run, row in before.items() if is_of(suite, row)}
+    for run in before.keys() - table.keys():
+        print(f"{run}: its row is of a recipe that the suite no longer has, left out", file=sys.stderr)
+    curves, new = {}, {}
     for row in read_csv(curves_file):
         curves.setdefault((row["task"], row["seed"]), []).append(row)
-    for name, entry in entries().items():
-        for finished in folder.glob(f"{name}__*/finished") if entry["suite"] == SUITE else ():
-            run, evaluations = read_run(finished.parent, entry)
-            table[key_of(run)] = run
-            if run["recipe"] == "best":
-                curves[run["task"], run["seed"]] = evaluations
-    table = sorted(table.values(), key=place)
-    curves = sorted((row for curve in curves.values() for row in curve), key=place)
+    for finished in sorted(folder.glob(f"{SUITE}__*/finished")):
+        try:
+            row, evaluations = read_run(finished.parent, suite)
+        except (OSError, ValueError, KeyError, IndexError, TypeError, csv.Error) as e:
+            print(f"{finished.parent}: {e or type(e).__name__}, left out", file=sys.stderr)
+            continue
+        new[row["run"]] = row
+        if row["recipe"] == "best":
+            curves[row["task"], row["seed"]] = evaluations
+    print(f"{len(new)} runs of {folder}, {len(table.keys() - new.keys())} earlier rows")
+    table = sorted((table | new).values(), key=place)
+    best = {(row["task"], row["seed"]) for row in table if row["recipe"] == "best"}
+    curves = sorted((row for run, curve in curves.items() if run in best for row in curve), key=place)
     for file, rows in ((table_file, table), (curves_file, curves)):
         if rows:
+            out.mkdir(parents=True, exist_ok=True)
             write_csv(file, rows)
     return table, curves
 
 
-def key_of(row):
-    return tuple(row[column] for column in ("task", "memory", "script", "seed", "recipe"))
+def is_of(suite, row):
+    """Whether the suite still makes this run as the row says."""
+    entry = suite.get(row["run"].rpartition("__")[0])
+    if entry is None:
+        return False
+    argv = entry["command"].split()
+    memory, steps = (argv[argv.index(flag) + 1] for flag in ("--memory", "--total-timesteps"))
+    return (row["script"], row["memory"], row["steps"]) == (argv[1], memory, steps)
 
 
-def read_run(folder, entry):
-    """A run's row of the table, and a row for each of its evaluations."""
+def read_run(folder, suite):
+    """A run's row, and a row for each of its evaluations. ValueError if it is not the suite's."""
+    name, _, seed = folder.name.rpartition("__")
+    if name not in suite or not seed.isdecimal():
+        raise ValueError("is not named <entry>__<seed>")
+    family, level, column = suite[name]["cell"]
     args, rows = json.loads((folder / "args.json").read_text()), read_csv(folder / "progress.csv")
-    family, level, column = entry["cell"]
-    run = {"task": family + level, "memory": args["memory"], "script": entry["command"].split()[1],
-           "seed": str(args["seed"])}
-    returns = [float(row["charts/episodic_return"]) for row in rows if row["charts/episodic_return"]]
+    task = family + level
+    returns = [  # means of 100 episodes; older runs do not say of how many
+        float(row["charts/episodic_return"]) for row in rows
+        if row["charts/episodic_return"] and int(row.get("charts/episodes", 100)) == 100]
+    if not returns:
+        raise ValueError("has no mean of 100 episodes")
     evaluations = [
-        {"task": run["task"], "seed": run["seed"], "global_step": row["global_step"],
+        {"task": task, "seed": seed, "global_step": row["global_step"],
          "return": f"{float(row['eval/episodic_return']):.4f}"}
         for row in rows if row["eval/episodic_return"]]
-    return run | {
+    run = {
+        "task": task, "memory": args["memory"], "script": f"{args['script']}.py", "seed": seed,
         "steps": rows[-1]["global_step"], "seconds": f"{float(rows[-1]['seconds']):.0f}",
         "mmer": f"{max(returns):.4f}", "exploring": f"{returns[-1]:.4f}", "final": evaluations[-1]["return"],
-        "recipe": "best" if column == "best" else "1M"}, evaluations
+        "recipe": "best" if column == "best" else "1M", "run": folder.name}
+    if of_another_recipe(folder, argv_of(suite[name], seed)) or not is_of(suite, run):
+        raise ValueError("its entry has changed since it began")
+    if evaluations[-1]["global_step"] != run["steps"]:
+        raise ValueError("has no evaluation after its last step")
+    return run, evaluations
 
 
 def complete(rows):
@@ -145,14 +176,11 @@ def draw_families(curves, out, columns=4):
 def main(argv=None):
     args = command_line(Args, argv)
     folder, out = Path(args.runs_dir), Path(args.out)
-    if not (folder.is_dir() or (out / f"{SUITE}.csv").exists()):
-        fail(f"--runs-dir {folder} holds no finished runs; benchmark/run.py --suite {SUITE} makes them")
-    out.mkdir(parents=True, exist_ok=True)
     table, curves = collect(folder, out)
     if not table:
-        fail(f"--runs-dir {folder} holds no finished runs of {SUITE}")
-    draw_tasks(table, {row["task"]: row for row in read_csv(PUBLISHED)}, out)
+        fail(f"--runs-dir {folder} holds no finished runs; benchmark/run.py --suite {SUITE} makes them")
     if curves:
+        draw_tasks(table, {row["task"]: row for row in read_csv(PUBLISHED)}, out)
         draw_families(curves, out)
     million = complete([row for row in table if row["recipe"] == "1M"])
     if million:

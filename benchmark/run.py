@@ -11,8 +11,9 @@ measure reaches its level: the mean of the last 100 training episodes, or that o
 the name of its file.
 
 A run goes to <runs-dir>/<entry>__<seed>, and what it prints to <entry>__<seed>.log beside. Start the same
-command again, whatever happened: runs that have finished are skipped, interrupted ones are resumed. Runs that
-failed are listed with the last lines that they printed; --retry runs them again.
+command again, whatever happened: finished runs are skipped, interrupted ones are resumed, those of a killed
+machine from their last checkpoint. Runs that failed are listed with the last lines that they printed; --retry
+runs them again. A run whose entry has changed since it began is named and left alone.
 """
 import collections
 import csv
@@ -39,7 +40,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "models"))                       # as models.command_line it would import torch
 
 from command_line import command_line, fail  # noqa: E402
-from entries import TASKS, entries  # noqa: E402
+from entries import TASKS, argv_of, command_file, entries, of_another_recipe  # noqa: E402
 
 SHOWN = {  # beside a run's bar
     "SPS": "charts/SPS", "return": "charts/episodic_return", "success": "charts/success",
@@ -51,11 +52,12 @@ LINE = "{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} {postfix}"
 class Args:
     suite: str = ""  # entries of this suite
     only: str = ""  # entries whose name contains this
-    seeds: tuple[int, ...] = ()  # these instead of the entries' own
+    seeds: tuple[int, ...] | None = None  # these instead of the entries' own
     workers: int = 2  # runs at a time
     runs_dir: str = "runs/benchmark"  # where the run folders go
     tasks: str = str(TASKS)  # the entries: a folder of .toml files, or one file
     retry: bool = False  # also what failed before
+    done_in: str = ""  # a CSV file with a column `run`: what stands there is not run, e.g. a committed table
     dry_run: bool = False  # print the commands, run nothing
     executor: Literal["local", "ray"] = "local"  # processes of this machine, or tasks of a Ray cluster
     ray_address: str | None = None  # of the cluster; default: $RAY_ADDRESS, or else a Ray on this machine
@@ -68,7 +70,6 @@ class LocalRun:
 
     def __init__(self, argv, folder, code=ROOT):
         """Raises BlockingIOError while a process that a killed runner left behind still trains there."""
-        folder.parent.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.log = folder.with_name(f"{folder.name}.log").open("a+")
         fcntl.flock(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)    # the process inherits it with the file
@@ -103,6 +104,10 @@ class LocalRun:
             for words, outcome in (("done at step", "finished"), ("interrupted at step", "interrupted")):
                 if any(line.startswith(words) for line in lines):
                     return outcome
+        if self.process.returncode < 0:
+            how = signal.Signals(-self.process.returncode).name
+            self.log.write(f"killed by {how}: out of memory?\n")
+            self.log.flush()
         return "failed"
 
     def interrupt(self):
@@ -114,7 +119,6 @@ class RayRun:
     """The same somewhere in a Ray cluster. Folder and log travel there, and come back from there."""
 
     def __init__(self, argv, folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.reference = self.train.remote(argv, folder.name, pack(folder.parent, folder.name))
 
@@ -196,13 +200,18 @@ class Queue:
         self.start = RayRun if args.executor == "ray" else LocalRun
         self.count, self.running = collections.Counter(), {}  # running: {folder: (run, slot, bar)}
         self.elsewhere = set()                              # folders in which another process trains
-        self.waiting = collections.deque(job for job in jobs if self.is_wanted(job[1], args.retry))
+        self.waiting = collections.deque(job for job in jobs if self.is_wanted(*job, args.retry))
         self.slots = set(range(1, args.workers + 1))        # lines of the terminal that are free
         self.width = max((len(folder.name) for _, folder in jobs), default=0)
 
-    def is_wanted(self, folder, retry):
-        """Whether this run is still to be made; says so if it failed before."""
+    def is_wanted(self, argv, folder, retry):
+        """Whether this run is still to be made; says so if it failed before, or was begun otherwise."""
         failed = failure_of(folder)
+        if of_another_recipe(folder, argv):
+            self.count["of another recipe"] += 1
+            print(f"{folder.name}: its entry has changed since it began; "
+                  f"move {folder} away to train it again")
+            return False
         if (folder / "finished").exists():
             self.count["finished before"] += 1
             return False
@@ -225,6 +234,10 @@ class Queue:
             tqdm.write("Ctrl-C: the runs save and leave; start the same command again to continue")
             self.interrupt_running()
             raise
+        except OSError as e:
+            self.interrupt_running()
+            fail(f"{e.filename or 'a run folder'} cannot be written ({e.strerror}); the runs were told to "
+                 "save: mend this, then start the same command again")
         finally:
             self.bar.close()
 
@@ -239,6 +252,8 @@ class Queue:
                 self.bar.update()
                 continue
             try:
+                if not folder.exists():
+                    command_file(folder).write_text(shlex.join(argv))
                 run = self.start(argv, folder)
             except BlockingIOError:                         # wait for it, then see what is missing
                 self.waiting.append((argv, folder))
@@ -265,6 +280,8 @@ class Queue:
             said = ""
             if outcome == "failed":
                 said = "\n" + last_lines(folder.with_name(f"{folder.name}.log"))
+                if folder.exists():
+                    said += f"\n--retry continues it; to begin again, move {folder} away first"
                 failure_of(folder).write_text(said)
             tqdm.write(f"{folder.name}: {outcome}{said}")
             self.bar.update()
@@ -287,7 +304,7 @@ def show_progress(bar, folder):
     try:
         bar.total = json.loads((folder / "args.json").read_text())["total_timesteps"]
         *_, row = csv.DictReader((folder / "progress.csv").open())
-    except (OSError, ValueError):                           # not begun, or on another machine
+    except (OSError, ValueError, KeyError, TypeError):      # not begun, on another machine, or a torn row
         return bar.refresh()
     bar.n = int(row["global_step"])
     bar.set_postfix_str("  ".join(f"{name} {row[tag]}" for name, tag in SHOWN.items() if row.get(tag)))
@@ -317,32 +334,44 @@ def chosen_entries(args):
 
 def jobs_of(chosen, args):
     """(argv, folder) of every run: the first seed of every entry first."""
-    seeds = {name: args.seeds or entry.get("seeds", ()) for name, entry in chosen.items()}
+    seeds = {name: args.seeds or entry["seeds"] for name, entry in chosen.items()}
     for name in seeds:
         if not seeds[name]:
             fail(f"--tasks {args.tasks}: {name} names no seeds; give --seeds")
-    jobs = []
+    jobs, done = [], runs_of(args.done_in) if args.done_in else set()
     for seed in sorted(set(itertools.chain(*seeds.values()))):
         for name, entry in chosen.items():
-            if seed in seeds[name]:
-                argv = [*shlex.split(entry["command"]), "--seed", str(seed)]
-                jobs.append((argv, Path(args.runs_dir).resolve() / f"{name}__{seed}"))
+            run = f"{name}__{seed}"
+            if seed in seeds[name] and run not in done:
+                jobs.append((argv_of(entry, seed), Path(args.runs_dir).resolve() / run))
     return jobs
+
+
+def runs_of(table):
+    """The names in the column `run` of a table."""
+    try:
+        with open(table) as f:
+            return {row["run"] for row in csv.DictReader(f)}
+    except (OSError, ValueError, KeyError) as e:
+        fail(f"--done-in {table} is no CSV file with a column `run` ({type(e).__name__}); "
+             "benchmark/results/popgym-full.csv is one")
 
 
 def check(args):
     """Refuses what cannot run."""
     if not 1 <= args.workers <= 1024:
         fail(f"--workers {args.workers} must be at least 1 and at most 1024")
-    for seed in args.seeds:
+    if args.seeds == ():
+        fail("--seeds names no seed: give some, or leave it out")
+    for seed in args.seeds or ():
         if not 0 <= seed <= 2**40:
             fail(f"--seeds {seed} must be at least 0 and at most {2**40}")
     for name in ("cpus_per_run", "gpus_per_run"):
         if not 0 <= getattr(args, name) <= 1024:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 0 and at most 1024")
-    nearest = next(path for path in Path(args.runs_dir).absolute().parents if path.exists())
-    if not nearest.is_dir() or (Path(args.runs_dir).exists() and not Path(args.runs_dir).is_dir()):
-        fail(f"--runs-dir {args.runs_dir} is not a folder and cannot become one: choose another")
+    if args.executor == "local" and (args.ray_address, args.cpus_per_run, args.gpus_per_run) != (None, 1, 0):
+        fail("--ray-address, --cpus-per-run and --gpus-per-run are Ray's: give --executor ray, "
+             "or leave them out")
 
 
 def work(queue, args):
@@ -364,10 +393,17 @@ def main(argv=None):
     jobs = jobs_of(chosen_entries(args), args)
     if args.dry_run:
         return print("\n".join(shlex.join(argv) for argv, _ in jobs))
+    try:
+        Path(args.runs_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        fail(f"--runs-dir {args.runs_dir} is not a folder and cannot become one ({e.strerror}): "
+             "choose another")
     queue = Queue(jobs, args)
     work(queue, args)
-    print(", ".join(f"{n} {what}" for what, n in queue.count.items()))
-    sys.exit(1 if queue.count["failed"] else 0)
+    print(", ".join(f"{n} {what}" for what, n in queue.count.items()) or "nothing to run")
+    if queue.count["interrupted"]:
+        print("start the same command again to continue what was interrupted")
+    sys.exit(0 if queue.count.keys() <= {"finished", "finished before"} else 1)
 
 
 if __name__ == "__main__":

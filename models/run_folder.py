@@ -105,7 +105,7 @@ class Run:
 
     def on_signal(self, number, _):
         self.interrupted = True
-        self.restore_handlers()
+        signal.signal(number, self.handlers_before[number])     # the next one of this kind
         name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
         tqdm.write(f"{name}: finishing this update, then saving; a second one leaves at once")
 

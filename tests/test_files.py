@@ -27,12 +27,14 @@ def refused(capsys, call, *args, **kwargs):
 @pytest.mark.parametrize("env_id", [
     "PocMemory-v0", pytest.param("memory_gym/MortarMayhem-Grid-v0", marks=needs_memory_gym)])
 def test_sigterm_saves_and_leaves_as_ctrl_c_does(tmp_path, run_script, env_id):
-    """With Memory Gym too: pygame takes the signal for itself unless it is told not to."""
+    """With Memory Gym too: pygame takes the signal for itself unless it is told not to. The Ctrl-C after it
+    is benchmark/run.py's, which a shutdown stops at the same time: it is not a second one."""
     process = run_script(
         "ppo_recurrent_tbb.py", "--env-id", env_id, "--num-envs", 2, "--num-minibatches", 2,
         "--num-steps", 16, "--total-timesteps", 10**8, "--runs-dir", tmp_path, "--run-name", "run")
     wait_for(tmp_path / "run" / "progress.csv")
     process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate()
     assert process.returncode == 0 and "interrupted at step" in stdout, stderr
     assert read_checkpoint(tmp_path / "run")["global_step"] > 0

@@ -165,3 +165,5 @@ def test_interquartile_mean_and_its_interval():
     same = [row | {"last": {"a": "1", "b": "2", "c": "3", "d": "4"}[row["task"]]} for row in rows]
     for arm in plot.aggregate(same):                        # tasks differ, seeds do not: nothing to draw
         assert arm["low"] == arm["iqm"] == arm["high"] == "2.500"
+    more = same + [{**row, "seed": "3"} for row in same if row["task"] in "ab"]     # weigh no more for it
+    assert [arm["iqm"] for arm in plot.aggregate(more)] == ["2.500", "2.500"]

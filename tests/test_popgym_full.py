@@ -15,20 +15,26 @@ import popgym_full  # noqa: E402
 import popgym_limits  # noqa: E402
 from entries import entries  # noqa: E402
 
+SUITE = {name: entry for name, entry in entries().items() if entry["suite"] == "popgym-full"}
 ROWS = (                                                    # of progress.csv
-    {"global_step": 100, "seconds": 1.4, "charts/episodic_return": "", "eval/episodic_return": ""},
-    {"global_step": 200, "seconds": 2.4, "charts/episodic_return": 0.7, "eval/episodic_return": 0.5},
-    {"global_step": 300, "seconds": 3.6, "charts/episodic_return": 0.4, "eval/episodic_return": 0.6},
-    {"global_step": 400, "seconds": 4.6, "charts/episodic_return": 0.3, "eval/episodic_return": ""})
+    {"global_step": 100, "seconds": 0.9, "charts/episodic_return": 0.9, "charts/episodes": 99},
+    {"global_step": 200, "seconds": 2.4, "charts/episodic_return": 0.7, "charts/episodes": 100,
+     "eval/episodic_return": 0.5},
+    {"global_step": 300, "seconds": 3.6, "charts/episodic_return": 0.4, "charts/episodes": 100},
+    {"seconds": 4.6, "charts/episodic_return": 0.3, "charts/episodes": 100, "eval/episodic_return": 0.6})
 
 
-def write_run(folder, memory, seed=1):
+def write_run(folder, rows=ROWS, **other):
+    """A finished run of the entry that the folder is named after.   other: what differs in its last row"""
+    entry = SUITE[folder.name.rpartition("__")[0]]
+    argv = entry["command"].split()
+    memory, steps = (argv[argv.index(flag) + 1] for flag in ("--memory", "--total-timesteps"))
     folder.mkdir(parents=True)
-    (folder / "args.json").write_text(json.dumps({"memory": memory, "seed": seed}))
+    (folder / "args.json").write_text(json.dumps({"memory": memory, "script": argv[1].removesuffix(".py")}))
     with (folder / "progress.csv").open("w", newline="") as f:
-        writer = csv.DictWriter(f, ROWS[0])
+        writer = csv.DictWriter(f, ROWS[1])
         writer.writeheader()
-        writer.writerows(ROWS)
+        writer.writerows([*rows[:-1], rows[-1] | {"global_step": steps} | other])
     (folder / "finished").touch()
 
 
@@ -47,39 +53,75 @@ def make(tmp_path):
 
 
 def test_a_row_has_the_greatest_mean_of_training_and_the_last_evaluation(tmp_path, make):
-    write_run(tmp_path / "runs/popgym-full__RepeatFirst__Hard__best__3", "mingru", seed=3)
+    write_run(tmp_path / "runs/popgym-full__RepeatFirst__Hard__best__3")
     out = make()
     assert rows_of(out / "popgym-full.csv") == [{
         "task": "RepeatFirstHard", "memory": "mingru", "script": "pqn_recurrent_tbb.py", "seed": "3",
-        "steps": "400", "seconds": "5", "mmer": "0.7000", "exploring": "0.3000", "final": "0.6000",
-        "recipe": "best"}]
+        "steps": "3014656", "seconds": "5", "mmer": "0.7000", "exploring": "0.3000", "final": "0.6000",
+        "recipe": "best", "run": "popgym-full__RepeatFirst__Hard__best__3"}]
     assert [(row["global_step"], row["return"]) for row in rows_of(out / "popgym-full-curves.csv")] == [
-        ("200", "0.5000"), ("300", "0.6000")]
+        ("200", "0.5000"), ("3014656", "0.6000")]
 
 
 def test_the_million_of_a_memory_is_not_the_best_recipe_and_has_no_curve(tmp_path, make):
-    write_run(tmp_path / "runs/popgym-full__RepeatFirst__Hard__best__1", "mingru")
-    write_run(tmp_path / "runs/popgym-full__RepeatFirst__Hard__mingru__1", "mingru")
+    write_run(tmp_path / "runs/popgym-full__RepeatFirst__Hard__best__1")
+    write_run(tmp_path / "runs/popgym-full__RepeatFirst__Hard__mingru__1")
     out = make()
     assert [row["recipe"] for row in rows_of(out / "popgym-full.csv")] == ["1M", "best"]
     assert len(rows_of(out / "popgym-full-curves.csv")) == 2
 
 
 def test_earlier_rows_stay_and_the_same_run_is_replaced(tmp_path, make):
-    write_run(tmp_path / "runs/popgym-full__RepeatFirst__Hard__best__1", "mingru")
-    write_run(tmp_path / "runs/popgym-full__Battleship__Easy__best__1", "lru")
+    write_run(tmp_path / "runs/popgym-full__RepeatFirst__Hard__best__1")
+    write_run(tmp_path / "runs/popgym-full__Battleship__Easy__best__1")
     make()
     (tmp_path / "runs/popgym-full__Battleship__Easy__best__1/finished").unlink()
     out = make()
     assert [row["task"] for row in rows_of(out / "popgym-full.csv")] == ["BattleshipEasy", "RepeatFirstHard"]
 
 
+def test_rows_of_a_recipe_that_has_changed_go_and_are_named(tmp_path, make, capsys):
+    write_run(tmp_path / "runs/popgym-full__RepeatFirst__Hard__best__1")
+    write_run(tmp_path / "runs/popgym-full__Battleship__Easy__best__1")
+    table = make() / "popgym-full.csv"
+    table.write_text(table.read_text().replace("3014656", "1015808"))
+    (tmp_path / "runs/popgym-full__RepeatFirst__Hard__best__1/finished").unlink()
+    out = make()
+    assert [row["task"] for row in rows_of(table)] == ["BattleshipEasy"]
+    assert {row["task"] for row in rows_of(out / "popgym-full-curves.csv")} == {"BattleshipEasy"}
+    assert "RepeatFirst__Hard__best__1: its row is of a recipe" in capsys.readouterr().err
+
+
+def test_runs_that_are_not_the_suites_are_named_and_left_out(tmp_path, make, capsys):
+    hard = tmp_path / "runs/popgym-full__RepeatFirst__Hard__best__1"
+    write_run(hard)
+    hard.rename(hard.with_name(f"{hard.name}_old"))
+    write_run(hard)
+    write_run(hard.with_name("popgym-full__RepeatFirst__Hard__best__2"), global_step=500)  # stopped early
+    write_run(hard.with_name("popgym-full__RepeatFirst__Hard__best__3"), **{"eval/episodic_return": ""})
+    other = hard.with_name("popgym-full__Autoencode__Hard__best__1")
+    write_run(other)
+    other.with_name(f"{other.name}.command").write_text("python another.py")
+    write_run(hard.with_name("popgym-full__Autoencode__Easy__best__1"), rows=ROWS[:1])     # no 100 episodes
+    damaged = hard.with_name("popgym-full__Battleship__Easy__best__1")
+    write_run(damaged)
+    (damaged / "args.json").write_text("{")
+    assert [row["run"] for row in rows_of(make() / "popgym-full.csv")] == [hard.name]
+    said = capsys.readouterr()
+    assert said.err.count("left out") == 6 and said.out == f"1 runs of {hard.parent}, 0 earlier rows\n"
+
+
+def test_what_is_committed_is_of_todays_recipes():
+    rows = rows_of(pages.RESULTS / "popgym-full.csv")
+    assert not [row["run"] for row in rows if not popgym_full.is_of(SUITE, row)]
+
+
 def test_interquartile_means_are_of_the_memories_that_have_every_task(tmp_path, make):
-    write_run(tmp_path / "runs/popgym-full__RepeatFirst__Hard__lru__1", "lru")
+    write_run(tmp_path / "runs/popgym-full__RepeatFirst__Hard__lru__1")
     assert not (make() / "popgym-full-aggregate.csv").exists()
-    for name, entry in entries().items():
-        if entry["suite"] == "popgym-full" and entry["cell"][2] == "gru":
-            write_run(tmp_path / f"runs/{name}__1", "gru")
+    for name, entry in SUITE.items():
+        if entry["cell"][2] == "gru":
+            write_run(tmp_path / f"runs/{name}__1")
     (row,) = rows_of(make() / "popgym-full-aggregate.csv")
     assert row["memory"] == "gru" and row["tasks"] == "42" and float(row["iqm"]) == 0.6
 
@@ -91,7 +133,7 @@ def test_without_runs_it_says_what_makes_them(tmp_path, make, capsys):
 
 
 def test_plot_leaves_the_suite_to_it(tmp_path):
-    write_run(tmp_path / "runs/popgym-full__RepeatFirst__Hard__best__1", "mingru")
+    write_run(tmp_path / "runs/popgym-full__RepeatFirst__Hard__best__1")
     plot.main(["--runs-dir", str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
     assert not list((tmp_path / "out").iterdir())
 
@@ -99,7 +141,7 @@ def test_plot_leaves_the_suite_to_it(tmp_path):
 def test_the_suite_has_every_task_with_every_memory():
     from models import MEMORIES  # brings torch
 
-    cells = [entry["cell"] for entry in entries().values() if entry["suite"] == "popgym-full"]
+    cells = [entry["cell"] for entry in SUITE.values()]
     assert len(cells) == 42 * (1 + len(MEMORIES))
     assert {memory for _, _, memory in cells} == {"best", *MEMORIES}
 

@@ -144,6 +144,9 @@ def test_dry_run_prints_the_exact_commands(start, tmp_path):
 
 @pytest.mark.parametrize("flags, says", [
     ("--suite elephant", "others, small"), ("--suite small --only broken", "--only broken"),
+    ("--suite small --seeds", "--seeds"), ("--suite small --gpus-per-run 1", "--executor ray"),
+    ("--suite small --done-in nowhere", "--done-in nowhere"),
+    ("--suite small --runs-dir /dev/null/runs", "--runs-dir /dev/null/runs"),
     ("", "--suite others, small"), ("--suite small --workers 0", "--workers 0"),
     ("--suite small --tasks nowhere", "--tasks nowhere")])
 def test_bad_input(start, tmp_path, flags, says):
@@ -157,10 +160,10 @@ def test_a_killed_suite_completes_only_what_is_missing(start, tmp_path):
     """Killed without warning, then with: finished runs are left alone, the other continues, no row is lost or
     written twice."""
     runs = tmp_path / "runs"
-    assert start("--suite", "small", "--seeds", "2").wait() == 0
+    assert start("--suite", "small", "--seeds", "2", steps=200).wait() == 0
     untouched = {path: path.stat().st_mtime_ns for path in (runs / "quick__2").iterdir()}
     (runs / "hold").touch()                                 # no run goes beyond its step 100
-    runner = start("--suite", "small", steps=200)           # more steps, but seed 2 has finished
+    runner = start("--suite", "small", steps=200)           # seed 2 has finished
     wait_for(runs / "quick__1" / "checkpoint.pt")
     runner.kill()                                           # what it started continues
     runner.communicate()
@@ -179,11 +182,11 @@ def test_a_killed_suite_completes_only_what_is_missing(start, tmp_path):
     assert "1 finished before, 1 finished" in out
     assert [row[0] for row in rows_of(runs / "quick__1")] == ["global_step", *map(str, range(1, 201))]
     assert untouched == {path: path.stat().st_mtime_ns for path in (runs / "quick__2").iterdir()}
-    assert "2 finished before" in start("--suite", "small").communicate()[0]
+    assert "2 finished before" in start("--suite", "small", steps=200).communicate()[0]
 
 
 def test_ctrl_c_lets_the_runs_save_and_the_next_start_resumes_them(start, tmp_path):
-    runner = start("--suite", "small", steps=10_000)
+    runner = start("--suite", "small", steps=100)
     for seed in (1, 2):
         wait_for(tmp_path / f"runs/quick__{seed}/checkpoint.pt")
     runner.send_signal(signal.SIGINT)
@@ -192,12 +195,55 @@ def test_ctrl_c_lets_the_runs_save_and_the_next_start_resumes_them(start, tmp_pa
     reached = {seed: int(rows_of(tmp_path / f"runs/quick__{seed}")[-1][0]) for seed in (1, 2)}
     for seed, step in reached.items():
         assert (tmp_path / f"runs/quick__{seed}.log").read_text() == f"interrupted at step {step}\n"
-    steps = max(reached.values()) + 3
-    out, _ = start("--suite", "small", steps=steps).communicate()
+    assert max(reached.values()) < 100
+    out, _ = start("--suite", "small", steps=100).communicate()
     assert "2 finished" in out
     for seed in reached:
         _, *rows = rows_of(tmp_path / f"runs/quick__{seed}")
-        assert [int(row[0]) for row in rows] == list(range(1, steps + 1))
+        assert [int(row[0]) for row in rows] == list(range(1, 101))
+
+
+def test_a_run_whose_entry_has_changed_since_is_named_and_left_alone(start, tmp_path):
+    assert start("--only", "quick", "--seeds", "1").wait() == 0
+    before = files_of(tmp_path / "runs/quick__1")
+    (tmp_path / "runs/quick__1/finished").unlink()          # then it would be resumed
+    runner = start("--only", "quick", steps=5)
+    out, _ = runner.communicate()
+    assert runner.returncode == 1 and "1 of another recipe, 1 finished" in out
+    assert f"quick__1: its entry has changed since it began; move {tmp_path / 'runs/quick__1'} away" in out
+    assert files_of(tmp_path / "runs/quick__1") | {"finished": ""} == before
+    (tmp_path / "runs/quick__1").rename(tmp_path / "runs/old")
+    assert start("--only", "quick", steps=5).wait() == 0
+    assert len(rows_of(tmp_path / "runs/quick__1")) == 6
+
+
+def test_what_stands_in_a_table_is_not_run(start, tmp_path):
+    (tmp_path / "table.csv").write_text("run\nquick__1\n")
+    out, _ = start("--suite", "small", "--done-in", tmp_path / "table.csv").communicate()
+    assert "1 finished" in out and not (tmp_path / "runs/quick__1").exists()
+
+
+@pytest.mark.parametrize("how, code, says", [
+    (signal.SIGKILL, 1, "killed by SIGKILL: out of memory?\n--retry continues it"),
+    (signal.SIGINT, 1, "start the same command again to continue")])
+def test_what_stops_a_run_alone_is_said(start, tmp_path, how, code, says):
+    runner = start("--suite", "small", "--seeds", "1", steps=40)
+    checkpoint = tmp_path / "runs/quick__1/checkpoint.pt"
+    wait_for(checkpoint)
+    (child,) = map(int, subprocess.check_output(["pgrep", "-P", str(runner.pid)], text=True).split())
+    os.kill(child, how)
+    out, _ = runner.communicate()
+    assert runner.returncode == code and says in out
+    assert start("--suite", "small", "--seeds", "1", "--retry", steps=40).wait() == 0
+
+
+def test_a_file_that_cannot_be_written_is_one_sentence_and_running_runs_save(start, tmp_path):
+    (tmp_path / "runs/quick__2.command").mkdir(parents=True)
+    runner = start("--suite", "small", "--workers", "2", steps=40)
+    _, error = runner.communicate()
+    assert runner.returncode == 2 and "Traceback" not in error
+    assert "quick__2.command cannot be written" in error
+    assert not (tmp_path / "runs/quick__1/finished").exists()
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(start, tmp_path):
@@ -217,7 +263,7 @@ def test_a_failed_run_is_named_left_and_retried(start, tmp_path):
     assert not (tmp_path / "runs/broken__3").exists()
     assert start("--only", "broken", "--retry", wrong="").wait() == 0
     assert (tmp_path / "runs/broken__3/finished").exists()
-    assert "1 finished before" in start("--only", "broken").communicate()[0]
+    assert "1 finished before" in start("--only", "broken", wrong="").communicate()[0]
 
 
 def test_ray_gives_the_same_files_and_brings_back_what_is_interrupted(start, tmp_path):
