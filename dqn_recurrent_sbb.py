@@ -414,16 +414,12 @@ def train(args, saved):
             means = torch.stack(stats).mean(0).tolist() if stats else [np.nan] * 4
             td_loss, q_values, grad_norm, transitions = means
             stats = []
-            episodic_return, episodic_length, success = envs.mean()
             eval_returns = eval_successes = np.array([np.nan])              # not measured
             if evaluates:
                 eval_returns, _, eval_successes = play(
                     agent, eval_envs, args.eval_episodes, args.seed + 10_000)
             run.log(global_step, {
-                "charts/episodic_return": episodic_return,
-                "charts/episodic_length": episodic_length,
-                "charts/success": success,
-                "charts/episodes": len(envs.recent),
+                **envs.mean_of_episodes(),
                 "charts/learning_rate": learning_rate,
                 "charts/epsilon": epsilon,
                 "charts/gradient_steps": gradient_steps,

@@ -401,16 +401,12 @@ def train(args, saved):
         pg_loss, v_loss, entropy, approx_kl, clipfrac, grad_norm = torch.stack(stats).mean(0).tolist()
         run.stop_if_not_finite(pg_loss + v_loss + grad_norm, global_step)
         run.watch_first_logratio(first_logratio)
-        episodic_return, episodic_length, success = envs.mean()
         eval_returns = eval_successes = np.array([np.nan])  # not measured
         if run.passed(args.eval_every, global_step, T * N):
             eval_returns, _, eval_successes = play(
                 agent, eval_envs, args.eval_episodes, args.seed + 10_000)
         run.log(global_step, {
-            "charts/episodic_return": episodic_return,
-            "charts/episodic_length": episodic_length,
-            "charts/success": success,
-            "charts/episodes": len(envs.recent),
+            **envs.mean_of_episodes(),
             "charts/learning_rate": learning_rate,
             "eval/episodic_return": eval_returns.mean(),
             "eval/return_std": eval_returns.std(),

@@ -251,11 +251,14 @@ def mean_of_processes(stats):
 
 
 def mean_of_episodes(recent):
-    """Return, length, success of the last 100 episodes of every process; nan before one has ended."""
+    """Of the last 100 episodes of every process, with how many there are; nan before one has ended."""
     episodes = torch.full((100, 1, 3), torch.nan, dtype=torch.float64)
     if recent:
         episodes[:len(recent), 0] = torch.tensor(list(recent), dtype=torch.float64)
-    return gather(episodes).nanmean((0, 1)).tolist()
+    episodes = gather(episodes)                             # [100, WORLD_SIZE, 3]
+    episodic_return, length, success = episodes.nanmean((0, 1)).tolist()
+    return {"charts/episodic_return": episodic_return, "charts/episodic_length": length,
+            "charts/success": success, "charts/episodes": (~episodes[..., 0].isnan()).sum().item()}
 
 
 class NoRun:
@@ -442,16 +445,12 @@ def train(args, saved):
         first_logratio = gather(torch.tensor([[first_logratio]])).max().item()
         run.stop_if_not_finite(pg_loss + v_loss + grad_norm, global_step)
         run.watch_first_logratio(first_logratio)
-        episodic_return, episodic_length, success = mean_of_episodes(envs.recent)
         eval_returns = eval_successes = np.array([np.nan])  # not measured
         if run.passed(args.eval_every, global_step, batch_size):
             eval_returns, _, eval_successes = play(
                 agent, eval_envs, args.eval_episodes, args.seed + 10_000)
         run.log(global_step, {
-            "charts/episodic_return": episodic_return,
-            "charts/episodic_length": episodic_length,
-            "charts/success": success,
-            "charts/episodes": gather(torch.tensor([[len(envs.recent)]])).sum().item(),
+            **mean_of_episodes(envs.recent),
             "charts/learning_rate": learning_rate,
             "eval/episodic_return": eval_returns.mean(),
             "eval/return_std": eval_returns.std(),

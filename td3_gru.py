@@ -486,16 +486,12 @@ def train(args, saved):
             means = torch.stack(actor_stats).mean(0).tolist() if actor_stats else [np.nan] * 2
             actor_loss, actor_grad_norm = means
             stats, actor_stats = [], []
-            episodic_return, episodic_length, success = envs.mean()
             eval_returns = eval_successes = np.array([np.nan])  # not measured
             if evaluates:
                 eval_returns, _, eval_successes = play(
                     agent, eval_envs, args.eval_episodes, args.seed + 10_000)
             run.log(global_step, {
-                "charts/episodic_return": episodic_return,
-                "charts/episodic_length": episodic_length,
-                "charts/success": success,
-                "charts/episodes": len(envs.recent),
+                **envs.mean_of_episodes(),
                 "charts/learning_rate": actor_optimizer.param_groups[0]["lr"],
                 "charts/gradient_steps": gradient_steps,
                 "eval/episodic_return": eval_returns.mean(),

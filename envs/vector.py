@@ -164,9 +164,11 @@ class Episodes(gym.vector.VectorWrapper):
             self.returns[done], self.lengths[done] = 0, 0
         return obs, rewards, terminated, truncated, infos
 
-    def mean(self):
-        """Return, length, success of the last 100 episodes; nan before the first one has ended."""
-        return np.mean(self.recent, axis=0).tolist() if self.recent else [np.nan] * 3
+    def mean_of_episodes(self):
+        """Of the last 100 episodes, with how many there are; nan before the first one has ended."""
+        episodic_return, length, success = np.mean(self.recent, axis=0) if self.recent else [np.nan] * 3
+        return {"charts/episodic_return": episodic_return, "charts/episodic_length": length,
+                "charts/success": success, "charts/episodes": len(self.recent)}
 
     def state_dict(self):
         """Empty in `batch` for other people's tasks: they cannot be saved."""
