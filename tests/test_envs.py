@@ -17,7 +17,7 @@ import ppo_recurrent_sbb
 from envs import POPGYM
 from envs.batch import BatchEnv, SingleEnv
 from envs.memory_gym import TASKS as MEMORY_GYM
-from envs.vector import make_envs, make_rendered
+from envs.vector import Episodes, make_envs, make_rendered
 from envs.wrappers import PreviousActionReward, ResetOptions
 from models.encoder import leaves
 from tests.conftest import needs_memory_gym
@@ -498,3 +498,32 @@ def test_sdl_is_left_alone_until_a_memory_gym_task_is_made():
     env = {k: v for k, v in os.environ.items() if not k.startswith("SDL")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert done.stdout == "False False\n"
+
+
+class Clocks(gym.vector.VectorEnv):
+    """Row n pays n + 1 a step. Its episodes end after n + 2 steps, row 0's are a success."""
+
+    num_envs = 3
+
+    def __init__(self):
+        self.t = np.zeros(3, int)
+
+    def step(self, actions):
+        self.t += 1
+        done = self.t == np.array([2, 3, 4])
+        self.t[done] = 0
+        infos = {"success": np.array([1.0, 0, 0]), "_success": done}
+        return None, np.array([1.0, 2, 3]), done, np.zeros(3, bool), infos
+
+
+@pytest.mark.quick
+def test_what_is_logged_are_means_of_the_last_100_episodes():
+    envs, ended = Episodes(Clocks(), "task"), []
+    for t in range(1, 150):
+        envs.step(None)
+        ended += [((n + 1) * (n + 2), n + 2, n == 0) for n in range(3) if t % (n + 2) == 0]
+        means = list(envs.mean_of_episodes().values())
+        if ended:
+            np.testing.assert_allclose(means[:3], np.mean(ended[-100:], axis=0))
+        assert means[3] == min(len(ended), 100)
+    assert len(ended) > 150
