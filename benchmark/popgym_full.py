@@ -45,8 +45,6 @@ def collect(folder, out):
     suite = {name: entry for name, entry in entries().items() if entry["suite"] == SUITE}
     before = {row["run"]: row for row in read_csv(table_file)}
     table = {run: row for run, row in before.items() if is_of(suite, row)}
-    for run in before.keys() - table.keys():
-        print(f"{run}: its row is of a recipe that the suite no longer has, left out", file=sys.stderr)
     curves, new = {}, {}
     for row in read_csv(curves_file):
         curves.setdefault((row["task"], row["seed"]), []).append(row)
@@ -59,6 +57,8 @@ def collect(folder, out):
         new[row["run"]] = row
         if row["recipe"] == "best":
             curves[row["task"], row["seed"]] = evaluations
+    for run in sorted(before.keys() - table.keys() - new.keys()):
+        print(f"{run}: its row is of a recipe that the suite no longer has, left out", file=sys.stderr)
     print(f"{len(new)} runs of {folder}, {len(table.keys() - new.keys())} earlier rows")
     table = sorted((table | new).values(), key=place)
     best = {(row["task"], row["seed"]) for row in table if row["recipe"] == "best"}

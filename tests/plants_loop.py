@@ -606,7 +606,7 @@ of_processes("weights-differ", "processes begin with weights of their own",
 of_processes("losses-of-the-first", "the log has the losses of the first process",
              "mean(0)[:, None]).mean(1)", "mean(0)[:, None])[:, 0]")
 of_processes("episodes-of-the-first", "the log has the episodes of the first process",
-             "gather(episodes).nanmean", "episodes.nanmean")
+             "episodes = gather(episodes)", "episodes = episodes")
 of_processes("explained-variance-of-the-first", "the log has the explained variance of the first process",
              "gather(advantages).var() / gather(returns).var()", "advantages.var() / returns.var()")
 of_processes("entropy-sign", "the sign of the entropy bonus is turned",
