@@ -251,7 +251,7 @@ def mean_of_processes(stats):
 
 
 def mean_of_episodes(recent):
-    """Of the last 100 episodes of every process, with how many there are; nan before one has ended."""
+    """Means over the last 100 episodes of every process, and over how many; nan, and 0, before one ended."""
     episodes = torch.full((100, 1, 3), torch.nan, dtype=torch.float64)
     if recent:
         episodes[:len(recent), 0] = torch.tensor(list(recent), dtype=torch.float64)

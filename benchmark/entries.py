@@ -3,6 +3,7 @@
 For the tools, and for --flags benchmark:ENTRY of every script: imports what every system has, and no torch.
 """
 import difflib
+import hashlib
 import itertools
 import shlex
 import sys
@@ -38,6 +39,9 @@ def entries(path=TASKS):
     return out
 
 
+UNLEARNED = "--checkpoint-every", "--eval-every", "--eval-episodes"  # they change nothing that is learned
+
+
 def argv_of(entry, seed):
     """What a run of the entry is started with."""
     return [*shlex.split(entry["command"]), "--seed", str(seed)]
@@ -49,9 +53,20 @@ def command_file(folder):
 
 
 def of_another_recipe(folder, argv):
-    """Whether the run in this folder was begun with another command: its entry has changed since then."""
+    """Whether the run in this folder was begun with another command: its entry has changed since then.
+
+    A folder without a checkpoint holds nothing, and one without a command file is taken as it is.
+    """
     file = command_file(folder)
-    return folder.exists() and file.exists() and file.read_text() != shlex.join(argv)
+    begun = (folder / "checkpoint.pt").exists() and file.exists()
+    return begun and digest(shlex.split(file.read_text())) != digest(argv)
+
+
+def digest(argv):
+    """Eight letters for what a command makes an agent learn: a committed table keeps them."""
+    kept = [
+        word for before, word in zip(["", *argv], argv) if word not in UNLEARNED and before not in UNLEARNED]
+    return hashlib.sha256(shlex.join(kept).encode()).hexdigest()[:8]
 
 
 def close_to(name, names):

@@ -207,7 +207,7 @@ def aggregate(rows, draws=10_000):
     for arm, scores in arms.items():
         if scores.keys() != tasks:
             continue
-        seeds = math.lcm(*map(len, scores.values()))        # every score so often that all tasks have as many
+        seeds = math.lcm(*map(len, scores.values()))        # repeat scores: every task has equally many
         again = [np.repeat(rng.choice(x, (draws, len(x))), seeds // len(x), axis=1) for x in scores.values()]
         low, high = np.quantile(iqm(np.concatenate(again, axis=1)), (0.025, 0.975))     # of [draws, runs]
         runs = np.concatenate([np.repeat(x, seeds // len(x)) for x in scores.values()])

@@ -4,10 +4,11 @@
     python benchmark/popgym_full.py --out benchmark/results    then puts the runs into the table
 
 Writes
-    popgym-full.csv           a row a run: mmer is the greatest mean return of 100 training episodes, POPGym's
-                              measure, and exploring is the last of them, both of the policy that explores;
+    popgym-full.csv           a row a run: mmer is the greatest mean return of 100 training episodes, close to
+                              POPGym's measure, exploring the last of them, both of the policy that explores;
                               final is the last evaluation, of the one that does not; recipe is "best", or
-                              "1M": a million steps with this memory; run is the run's folder
+                              "1M": a million steps with this memory; run is its folder, and digest tells
+                              its command from others
     popgym-full-curves.csv    the evaluations of the best recipes
 
 Rows that were there before stay, if the suite still has their recipe. To join the runs of two machines call
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from entries import ROOT, argv_of, entries, fail, of_another_recipe
+from entries import ROOT, argv_of, digest, entries, fail, of_another_recipe
 from matplotlib.ticker import EngFormatter
 from plot import aggregate, draw_aggregate, draw_curves, read_csv, save, write_csv
 from run import command_line
@@ -43,7 +44,10 @@ def collect(folder, out):
     """Puts the finished runs into the two files, in place of their older rows. Returns all rows of both."""
     table_file, curves_file = out / f"{SUITE}.csv", out / f"{SUITE}-curves.csv"
     suite = {name: entry for name, entry in entries().items() if entry["suite"] == SUITE}
-    before = {row["run"]: row for row in read_csv(table_file)}
+    rows = read_csv(table_file)
+    if rows and "digest" not in rows[0]:
+        fail(f"{table_file} is an older version's: move it away, or give another --out")
+    before = {row["run"]: row for row in rows}
     table = {run: row for run, row in before.items() if is_of(suite, row)}
     curves, new = {}, {}
     for row in read_csv(curves_file):
@@ -52,7 +56,7 @@ def collect(folder, out):
         try:
             row, evaluations = read_run(finished.parent, suite)
         except (OSError, ValueError, KeyError, IndexError, TypeError, csv.Error) as e:
-            print(f"{finished.parent}: {e or type(e).__name__}, left out", file=sys.stderr)
+            print(f"{finished.parent}: {type(e).__name__}, {e}: left out", file=sys.stderr)
             continue
         new[row["run"]] = row
         if row["recipe"] == "best":
@@ -71,41 +75,41 @@ def collect(folder, out):
 
 
 def is_of(suite, row):
-    """Whether the suite still makes this run as the row says."""
-    entry = suite.get(row["run"].rpartition("__")[0])
-    if entry is None:
-        return False
-    argv = entry["command"].split()
-    memory, steps = (argv[argv.index(flag) + 1] for flag in ("--memory", "--total-timesteps"))
-    return (row["script"], row["memory"], row["steps"]) == (argv[1], memory, steps)
+    """Whether the suite still makes this run by the same recipe."""
+    name, _, seed = row["run"].rpartition("__")
+    return name in suite and row["digest"] == digest(argv_of(suite[name], seed))
 
 
 def read_run(folder, suite):
     """A run's row, and a row for each of its evaluations. ValueError if it is not the suite's."""
     name, _, seed = folder.name.rpartition("__")
     if name not in suite or not seed.isdecimal():
-        raise ValueError("is not named <entry>__<seed>")
+        raise ValueError("it is not named <entry>__<seed>")
     family, level, column = suite[name]["cell"]
     args, rows = json.loads((folder / "args.json").read_text()), read_csv(folder / "progress.csv")
-    task = family + level
+    task, argv = family + level, argv_of(suite[name], seed)
     returns = [  # means of 100 episodes; older runs do not say of how many
         float(row["charts/episodic_return"]) for row in rows
-        if row["charts/episodic_return"] and int(row.get("charts/episodes", 100)) == 100]
+        if row["charts/episodic_return"] and int(row.get("charts/episodes", 100)) >= 100]
     if not returns:
-        raise ValueError("has no mean of 100 episodes")
+        raise ValueError("it has no mean of 100 episodes")
     evaluations = [
         {"task": task, "seed": seed, "global_step": row["global_step"],
          "return": f"{float(row['eval/episodic_return']):.4f}"}
         for row in rows if row["eval/episodic_return"]]
+    if not evaluations:
+        raise ValueError("it has no evaluation")
     run = {
         "task": task, "memory": args["memory"], "script": f"{args['script']}.py", "seed": seed,
         "steps": rows[-1]["global_step"], "seconds": f"{float(rows[-1]['seconds']):.0f}",
         "mmer": f"{max(returns):.4f}", "exploring": f"{returns[-1]:.4f}", "final": evaluations[-1]["return"],
-        "recipe": "best" if column == "best" else "1M", "run": folder.name}
-    if of_another_recipe(folder, argv_of(suite[name], seed)) or not is_of(suite, run):
+        "recipe": "best" if column == "best" else "1M", "run": folder.name, "digest": digest(argv)}
+    if of_another_recipe(folder, argv):
         raise ValueError("its entry has changed since it began")
+    if run["steps"] != argv[argv.index("--total-timesteps") + 1]:
+        raise ValueError("it has not made all of its steps")
     if evaluations[-1]["global_step"] != run["steps"]:
-        raise ValueError("has no evaluation after its last step")
+        raise ValueError("it has no evaluation after its last step")
     return run, evaluations
 
 
@@ -179,7 +183,7 @@ def main(argv=None):
     table, curves = collect(folder, out)
     if not table:
         fail(f"--runs-dir {folder} holds no finished runs; benchmark/run.py --suite {SUITE} makes them")
-    if curves:
+    if any(row["recipe"] == "best" for row in table):
         draw_tasks(table, {row["task"]: row for row in read_csv(PUBLISHED)}, out)
         draw_families(curves, out)
     million = complete([row for row in table if row["recipe"] == "1M"])

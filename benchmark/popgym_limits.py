@@ -139,6 +139,7 @@ def main(argv=None):
         error = returns.std() / args.episodes**0.5
         rows.append({"task": task, "return": f"{returns.mean():.4f}", "standard_error": f"{error:.4f}",
                      "episodes": args.episodes})
+    Path(args.out).mkdir(parents=True, exist_ok=True)
     write_csv(Path(args.out) / "popgym-limits.csv", rows)
     for row in rows:
         print(*row.values())

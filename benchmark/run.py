@@ -16,6 +16,7 @@ machine from their last checkpoint. Runs that failed are listed with the last li
 runs them again. A run whose entry has changed since it began is named and left alone.
 """
 import collections
+import contextlib
 import csv
 import fcntl
 import io
@@ -40,7 +41,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "models"))                       # as models.command_line it would import torch
 
 from command_line import command_line, fail  # noqa: E402
-from entries import TASKS, argv_of, command_file, entries, of_another_recipe  # noqa: E402
+from entries import TASKS, argv_of, command_file, digest, entries, of_another_recipe  # noqa: E402
 
 SHOWN = {  # beside a run's bar
     "SPS": "charts/SPS", "return": "charts/episodic_return", "success": "charts/success",
@@ -57,7 +58,7 @@ class Args:
     runs_dir: str = "runs/benchmark"  # where the run folders go
     tasks: str = str(TASKS)  # the entries: a folder of .toml files, or one file
     retry: bool = False  # also what failed before
-    done_in: str = ""  # a CSV file with a column `run`: what stands there is not run, e.g. a committed table
+    done_in: str = ""  # a table, as benchmark/results/popgym-full.csv: runs that stand there are left out
     dry_run: bool = False  # print the commands, run nothing
     executor: Literal["local", "ray"] = "local"  # processes of this machine, or tasks of a Ray cluster
     ray_address: str | None = None  # of the cluster; default: $RAY_ADDRESS, or else a Ray on this machine
@@ -79,6 +80,7 @@ class LocalRun:
         if folder.exists():
             flags = ["--resume", str(folder)]
         else:
+            command_file(folder).write_text(shlex.join(argv))
             flags = ["--runs-dir", str(folder.parent), "--run-name", folder.name]
         self.process = subprocess.Popen(
             [sys.executable, *argv[1:], *flags], cwd=code, stdout=self.log, stderr=subprocess.STDOUT,
@@ -105,8 +107,9 @@ class LocalRun:
                 if any(line.startswith(words) for line in lines):
                     return outcome
         if self.process.returncode < 0:
-            how = signal.Signals(-self.process.returncode).name
-            self.log.write(f"killed by {how}: out of memory?\n")
+            number = -self.process.returncode
+            why = ": out of memory?" if number == signal.SIGKILL else ""
+            self.log.write(f"ended by signal {number}, {signal.strsignal(number)}{why}\n")
             self.log.flush()
         return "failed"
 
@@ -120,6 +123,8 @@ class RayRun:
 
     def __init__(self, argv, folder):
         self.folder = folder
+        if not folder.exists():
+            command_file(folder).write_text(shlex.join(argv))
         self.reference = self.train.remote(argv, folder.name, pack(folder.parent, folder.name))
 
     @classmethod
@@ -200,24 +205,27 @@ class Queue:
         self.start = RayRun if args.executor == "ray" else LocalRun
         self.count, self.running = collections.Counter(), {}  # running: {folder: (run, slot, bar)}
         self.elsewhere = set()                              # folders in which another process trains
-        self.waiting = collections.deque(job for job in jobs if self.is_wanted(*job, args.retry))
+        self.retry = args.retry
+        self.waiting = collections.deque(job for job in jobs if self.is_wanted(*job))
+        self.retry = False                                  # what fails from now on has failed again
         self.slots = set(range(1, args.workers + 1))        # lines of the terminal that are free
         self.width = max((len(folder.name) for _, folder in jobs), default=0)
 
-    def is_wanted(self, argv, folder, retry):
+    def is_wanted(self, argv, folder):
         """Whether this run is still to be made; says so if it failed before, or was begun otherwise."""
         failed = failure_of(folder)
         if of_another_recipe(folder, argv):
             self.count["of another recipe"] += 1
-            print(f"{folder.name}: its entry has changed since it began; "
-                  f"move {folder} away to train it again")
+            also = ", then --retry" if failed.exists() else ""
+            tqdm.write(f"{folder.name}: its entry has changed since it began; "
+                       f"move {folder} away{also} to train it again")
             return False
         if (folder / "finished").exists():
             self.count["finished before"] += 1
             return False
-        if failed.exists() and not retry:
+        if failed.exists() and not self.retry:
             self.count["failed"] += 1
-            print(f"{folder.name}: failed before, --retry runs it again: {failed.read_text()}")
+            tqdm.write(f"{folder.name}: failed before, --retry runs it again: {failed.read_text()}")
             return False
         failed.unlink(missing_ok=True)
         return True
@@ -235,9 +243,10 @@ class Queue:
             self.interrupt_running()
             raise
         except OSError as e:
-            self.interrupt_running()
-            fail(f"{e.filename or 'a run folder'} cannot be written ({e.strerror}); the runs were told to "
-                 "save: mend this, then start the same command again")
+            with contextlib.suppress(OSError):              # a full disk refuses here too
+                self.interrupt_running()
+            fail(f"{' '.join(str(e).split())}; the runs were told to save: mend this, then start the same "
+                 "command again")
         finally:
             self.bar.close()
 
@@ -247,13 +256,10 @@ class Queue:
             if not self.slots:
                 return
             argv, folder = self.waiting.popleft()
-            if (folder / "finished").exists():              # meanwhile, by another runner
-                self.count["finished before"] += 1
+            if not self.is_wanted(argv, folder):            # another runner was there meanwhile
                 self.bar.update()
                 continue
             try:
-                if not folder.exists():
-                    command_file(folder).write_text(shlex.join(argv))
                 run = self.start(argv, folder)
             except BlockingIOError:                         # wait for it, then see what is missing
                 self.waiting.append((argv, folder))
@@ -280,7 +286,7 @@ class Queue:
             said = ""
             if outcome == "failed":
                 said = "\n" + last_lines(folder.with_name(f"{folder.name}.log"))
-                if folder.exists():
+                if (folder / "checkpoint.pt").exists():
                     said += f"\n--retry continues it; to begin again, move {folder} away first"
                 failure_of(folder).write_text(said)
             tqdm.write(f"{folder.name}: {outcome}{said}")
@@ -304,9 +310,9 @@ def show_progress(bar, folder):
     try:
         bar.total = json.loads((folder / "args.json").read_text())["total_timesteps"]
         *_, row = csv.DictReader((folder / "progress.csv").open())
+        bar.n = int(row["global_step"])
     except (OSError, ValueError, KeyError, TypeError):      # not begun, on another machine, or a torn row
         return bar.refresh()
-    bar.n = int(row["global_step"])
     bar.set_postfix_str("  ".join(f"{name} {row[tag]}" for name, tag in SHOWN.items() if row.get(tag)))
 
 
@@ -342,18 +348,19 @@ def jobs_of(chosen, args):
     for seed in sorted(set(itertools.chain(*seeds.values()))):
         for name, entry in chosen.items():
             run = f"{name}__{seed}"
-            if seed in seeds[name] and run not in done:
-                jobs.append((argv_of(entry, seed), Path(args.runs_dir).resolve() / run))
+            argv = argv_of(entry, seed)
+            if seed in seeds[name] and (run, digest(argv)) not in done:
+                jobs.append((argv, Path(args.runs_dir).resolve() / run))
     return jobs
 
 
 def runs_of(table):
-    """The names in the column `run` of a table."""
+    """What a table has in its columns `run` and `digest`."""
     try:
         with open(table) as f:
-            return {row["run"] for row in csv.DictReader(f)}
-    except (OSError, ValueError, KeyError) as e:
-        fail(f"--done-in {table} is no CSV file with a column `run` ({type(e).__name__}); "
+            return {(row["run"], row["digest"]) for row in csv.DictReader(f)}
+    except (OSError, ValueError, KeyError, csv.Error) as e:
+        fail(f"--done-in {table} is no CSV file with columns `run` and `digest` ({type(e).__name__}); "
              "benchmark/results/popgym-full.csv is one")
 
 
@@ -372,6 +379,14 @@ def check(args):
     if args.executor == "local" and (args.ray_address, args.cpus_per_run, args.gpus_per_run) != (None, 1, 0):
         fail("--ray-address, --cpus-per-run and --gpus-per-run are Ray's: give --executor ray, "
              "or leave them out")
+
+
+def make_runs_dir(args):
+    try:
+        Path(args.runs_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        fail(f"--runs-dir {args.runs_dir} is not a folder and cannot become one ({e.strerror}): "
+             "choose another")
 
 
 def work(queue, args):
@@ -393,11 +408,7 @@ def main(argv=None):
     jobs = jobs_of(chosen_entries(args), args)
     if args.dry_run:
         return print("\n".join(shlex.join(argv) for argv, _ in jobs))
-    try:
-        Path(args.runs_dir).mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        fail(f"--runs-dir {args.runs_dir} is not a folder and cannot become one ({e.strerror}): "
-             "choose another")
+    make_runs_dir(args)
     queue = Queue(jobs, args)
     work(queue, args)
     print(", ".join(f"{n} {what}" for what, n in queue.count.items()) or "nothing to run")

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Literal
 
 from entries import MEASURES, TASKS, close_to, entries
-from run import ROOT, Queue, command_line, fail, failure_of, work
+from run import ROOT, Queue, command_line, fail, failure_of, make_runs_dir, work
 from run import check as check_runner
 
 try:
@@ -264,6 +264,7 @@ def main(argv=None):
     command, tag = shlex.split(entry["command"]), MEASURES[entry["measure"]][0]
     steps = check_commands(axes, command)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    make_runs_dir(args)
     folder = Path(args.runs_dir).resolve() / (args.name or args.entry)
     study, _held = open_study(folder, args)
     # the trials that are there count, or a search that continues would draw the same values again

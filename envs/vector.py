@@ -165,7 +165,7 @@ class Episodes(gym.vector.VectorWrapper):
         return obs, rewards, terminated, truncated, infos
 
     def mean_of_episodes(self):
-        """Of the last 100 episodes, with how many there are; nan before the first one has ended."""
+        """Means over the last 100 episodes, and over how many; nan, and 0, before one has ended."""
         episodic_return, length, success = np.mean(self.recent, axis=0) if self.recent else [np.nan] * 3
         return {"charts/episodic_return": episodic_return, "charts/episodic_length": length,
                 "charts/success": success, "charts/episodes": len(self.recent)}

@@ -63,10 +63,11 @@ class Run:
         self.wandb = begin_tracking(args, self.folder) if args.track else None
         self.log_short_runs(args)
         write(self.folder / "args.json", lambda path: path.write_text(self.args))
-        self.progress = self.folder / "progress.csv"
+        self.progress, self.columns = self.folder / "progress.csv", None
         if self.progress.exists():                          # rows after the checkpoint will be made again
-            kept = "".join(rows_until(self.last_step, self.progress.read_text()))
-            write(self.progress, lambda path: path.write_text(kept))
+            kept = rows_until(self.last_step, self.progress.read_text())
+            self.columns = next(csv.reader(kept[:1]), None)  # an older version's stay as they are
+            write(self.progress, lambda path: path.write_text("".join(kept)))
         self.writer = SummaryWriter(self.folder, purge_step=self.last_step + 1)
         self.writer.add_text("args", f"```\n{self.args}\n```")
         self.end_of_flags = self.log_flags(args)
@@ -105,9 +106,9 @@ class Run:
 
     def on_signal(self, number, _):
         self.interrupted = True
-        signal.signal(number, self.handlers_before[number])     # the next one of this kind
+        signal.signal(number, self.handlers_before[number])     # another kind is no second one
         name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
-        tqdm.write(f"{name}: finishing this update, then saving; a second one leaves at once")
+        tqdm.write(f"{name}: finishing this update, then saving; a second {name} leaves at once")
 
     def restore_handlers(self):
         for number, handler in self.handlers_before.items():
@@ -131,12 +132,14 @@ class Run:
         row |= {f"time/{name}": value for name, value in self.spent.items()}
         self.warn_without_gradient_steps(global_step, row)
         self.keeps_folder |= row.get("charts/gradient_steps") != 0
-        cells = ["" if value != value else f"{value:.6g}" for value in row.values()]
+        cells = {tag: "" if value != value else f"{value:.6g}" for tag, value in row.items()}
+        cells = {"global_step": global_step, "seconds": f"{self.seconds:.3f}", **cells}
         with refused_if_the_disk_does(self.progress), self.progress.open("a", newline="") as f:
-            table = csv.writer(f, lineterminator="\n")
+            table = csv.DictWriter(
+                f, self.columns or list(cells), extrasaction="ignore", lineterminator="\n")
             if f.tell() == 0:
-                table.writerow(["global_step", "seconds", *row])
-            table.writerow([global_step, f"{self.seconds:.3f}", *cells])
+                table.writeheader()
+            table.writerow(cells)
         measured = {tag: value for tag, value in row.items() if value == value}
         for tag, value in measured.items():
             self.writer.add_scalar(tag, value, global_step)

@@ -1,4 +1,5 @@
 """Signals, locks, full disks and damaged files: one sentence, nothing lost."""
+import csv
 import errno
 import os
 import signal
@@ -11,6 +12,7 @@ import torch
 import ppo_recurrent_tbb as ppo
 from models import files
 from models.flags import read_checkpoint
+from models.run_folder import Run
 from tests.conftest import OFF_POLICY, needs_memory_gym
 from tests.helpers import column, run, wait_for, weights_of
 
@@ -27,17 +29,46 @@ def refused(capsys, call, *args, **kwargs):
 @pytest.mark.parametrize("env_id", [
     "PocMemory-v0", pytest.param("memory_gym/MortarMayhem-Grid-v0", marks=needs_memory_gym)])
 def test_sigterm_saves_and_leaves_as_ctrl_c_does(tmp_path, run_script, env_id):
-    """With Memory Gym too: pygame takes the signal for itself unless it is told not to. The Ctrl-C after it
-    is benchmark/run.py's, which a shutdown stops at the same time: it is not a second one."""
+    """With Memory Gym too: pygame takes the signal for itself unless it is told not to."""
     process = run_script(
         "ppo_recurrent_tbb.py", "--env-id", env_id, "--num-envs", 2, "--num-minibatches", 2,
         "--num-steps", 16, "--total-timesteps", 10**8, "--runs-dir", tmp_path, "--run-name", "run")
     wait_for(tmp_path / "run" / "progress.csv")
     process.send_signal(signal.SIGTERM)
-    process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate()
     assert process.returncode == 0 and "interrupted at step" in stdout, stderr
     assert read_checkpoint(tmp_path / "run")["global_step"] > 0
+
+
+@pytest.mark.quick
+def test_a_second_signal_of_another_kind_does_not_leave_at_once():
+    """A shutdown stops a run, and benchmark/run.py, which then tells the run to save."""
+    begun = Run.__new__(Run)
+    begun.handlers_before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number in begun.handlers_before:
+            signal.signal(number, begun.on_signal)
+        begun.on_signal(signal.SIGTERM, None)
+        assert begun.interrupted and signal.getsignal(signal.SIGINT) == begun.on_signal
+        assert signal.getsignal(signal.SIGTERM) == begun.handlers_before[signal.SIGTERM]
+    finally:
+        begun.restore_handlers()
+
+
+@pytest.mark.quick
+def test_a_progress_csv_of_an_older_version_keeps_its_columns(tmp_path):
+    before, folder = run(tmp_path, ppo)
+    path = folder / "progress.csv"
+    with path.open("w", newline="") as f:
+        columns = [name for name in before[0] if name != "charts/episodes"]
+        table = csv.DictWriter(f, columns, extrasaction="ignore")
+        table.writeheader()
+        table.writerows(before)
+    after, _ = run(tmp_path, ppo, resume=str(folder), total_timesteps=2 * int(before[-1]["global_step"]))
+    assert len(after) == 2 * len(before) and "charts/episodes" not in after[0]
+    for row in after:
+        assert None not in row and None not in row.values()
+        assert 0 <= float(row["charts/learning_rate"]) < 0.1 and not row["eval/episodic_return"]
 
 
 @pytest.mark.quick

@@ -13,7 +13,7 @@ import pages  # noqa: E402
 import plot  # noqa: E402
 import popgym_full  # noqa: E402
 import popgym_limits  # noqa: E402
-from entries import entries  # noqa: E402
+from entries import argv_of, digest, entries  # noqa: E402
 
 SUITE = {name: entry for name, entry in entries().items() if entry["suite"] == "popgym-full"}
 ROWS = (                                                    # of progress.csv
@@ -58,7 +58,8 @@ def test_a_row_has_the_greatest_mean_of_training_and_the_last_evaluation(tmp_pat
     assert rows_of(out / "popgym-full.csv") == [{
         "task": "RepeatFirstHard", "memory": "mingru", "script": "pqn_recurrent_tbb.py", "seed": "3",
         "steps": "3014656", "seconds": "5", "mmer": "0.7000", "exploring": "0.3000", "final": "0.6000",
-        "recipe": "best", "run": "popgym-full__RepeatFirst__Hard__best__3"}]
+        "recipe": "best", "run": "popgym-full__RepeatFirst__Hard__best__3",
+        "digest": digest(argv_of(SUITE["popgym-full__RepeatFirst__Hard__best"], 3))}]
     assert [(row["global_step"], row["return"]) for row in rows_of(out / "popgym-full-curves.csv")] == [
         ("200", "0.5000"), ("3014656", "0.6000")]
 
@@ -84,7 +85,8 @@ def test_rows_of_a_recipe_that_has_changed_go_and_are_named(tmp_path, make, caps
     write_run(tmp_path / "runs/popgym-full__RepeatFirst__Hard__best__1")
     write_run(tmp_path / "runs/popgym-full__Battleship__Easy__best__1")
     table = make() / "popgym-full.csv"
-    table.write_text(table.read_text().replace("3014656", "1015808"))
+    (now,) = (row["digest"] for row in rows_of(table) if row["task"] == "RepeatFirstHard")
+    table.write_text(table.read_text().replace(now, "of-other"))
     (tmp_path / "runs/popgym-full__RepeatFirst__Hard__best__1/finished").unlink()
     out = make()
     assert [row["task"] for row in rows_of(table)] == ["BattleshipEasy"]
@@ -101,6 +103,7 @@ def test_runs_that_are_not_the_suites_are_named_and_left_out(tmp_path, make, cap
     write_run(hard.with_name("popgym-full__RepeatFirst__Hard__best__3"), **{"eval/episodic_return": ""})
     other = hard.with_name("popgym-full__Autoencode__Hard__best__1")
     write_run(other)
+    (other / "checkpoint.pt").touch()
     other.with_name(f"{other.name}.command").write_text("python another.py")
     write_run(hard.with_name("popgym-full__Autoencode__Easy__best__1"), rows=ROWS[:1])     # no 100 episodes
     damaged = hard.with_name("popgym-full__Battleship__Easy__best__1")
@@ -108,7 +111,26 @@ def test_runs_that_are_not_the_suites_are_named_and_left_out(tmp_path, make, cap
     (damaged / "args.json").write_text("{")
     assert [row["run"] for row in rows_of(make() / "popgym-full.csv")] == [hard.name]
     said = capsys.readouterr()
-    assert said.err.count("left out") == 6 and said.out == f"1 runs of {hard.parent}, 0 earlier rows\n"
+    assert said.out == f"1 runs of {hard.parent}, 0 earlier rows\n" and said.err.count("\n") == 6
+    for why in ("it is not named <entry>__<seed>", "it has not made all of its steps",
+                "it has no evaluation after its last step", "its entry has changed since it began",
+                "it has no mean of 100 episodes", "JSONDecodeError"):
+        assert said.err.count(why) == 1, why
+
+
+def test_a_digest_tells_what_is_learned_apart():
+    command = "python script.py --gamma 0.9 --eval-every 100 --seed 1".split()
+    assert digest(command) == digest([word.replace("100", "200") for word in command])
+    assert digest(command) != digest([word.replace("0.9", "0.99") for word in command])
+
+
+def test_a_table_of_an_older_version_is_refused(tmp_path, make, capsys):
+    write_run(tmp_path / "runs/popgym-full__RepeatFirst__Hard__best__1")
+    table = make() / "popgym-full.csv"
+    table.write_text("task,seed\nRepeatFirstHard,1\n")
+    with pytest.raises(SystemExit):
+        make()
+    assert "older version's: move it away" in capsys.readouterr().err
 
 
 def test_what_is_committed_is_of_todays_recipes():

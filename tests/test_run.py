@@ -18,7 +18,7 @@ from tests.conftest import ROOT
 from tests.helpers import wait_for
 
 sys.path.insert(0, str(ROOT / "benchmark"))
-from entries import cells_of, entries  # noqa: E402
+from entries import cells_of, digest, entries  # noqa: E402
 
 SCRIPT = """
 import argparse, json, pathlib, signal, sys, time
@@ -218,39 +218,46 @@ def test_a_run_whose_entry_has_changed_since_is_named_and_left_alone(start, tmp_
 
 
 def test_what_stands_in_a_table_is_not_run(start, tmp_path):
-    (tmp_path / "table.csv").write_text("run\nquick__1\n")
+    start("--suite", "small", "--dry-run").communicate()    # writes the entries
+    same = digest(shlex.split(f"python {tmp_path}/fake.py --steps 3 --pause 0.05 --seed 1"))
+    (tmp_path / "table.csv").write_text(f"run,digest\nquick__1,{same}\nquick__2,of-other\n")
     out, _ = start("--suite", "small", "--done-in", tmp_path / "table.csv").communicate()
-    assert "1 finished" in out and not (tmp_path / "runs/quick__1").exists()
+    assert "1 finished" in out and (tmp_path / "runs/quick__2").exists()
+    assert not (tmp_path / "runs/quick__1").exists()
 
 
-@pytest.mark.parametrize("how, code, says", [
-    (signal.SIGKILL, 1, "killed by SIGKILL: out of memory?\n--retry continues it"),
-    (signal.SIGINT, 1, "start the same command again to continue")])
-def test_what_stops_a_run_alone_is_said(start, tmp_path, how, code, says):
+def child_of(runner, name):
+    """The process that trains into this folder."""
+    for child in subprocess.check_output(["pgrep", "-P", str(runner.pid)], text=True).split():
+        if name in open(f"/proc/{child}/cmdline").read():
+            return int(child)
+
+
+@pytest.mark.parametrize("how, says", [
+    (signal.SIGKILL, "ended by signal 9, Killed: out of memory?\n--retry continues it"),
+    (signal.SIGINT, "start the same command again to continue")])
+def test_what_stops_a_run_alone_is_said(start, tmp_path, how, says):
     runner = start("--suite", "small", "--seeds", "1", steps=40)
     checkpoint = tmp_path / "runs/quick__1/checkpoint.pt"
     wait_for(checkpoint)
-    (child,) = map(int, subprocess.check_output(["pgrep", "-P", str(runner.pid)], text=True).split())
-    os.kill(child, how)
+    os.kill(child_of(runner, "quick__1"), how)
     out, _ = runner.communicate()
-    assert runner.returncode == code and says in out
+    assert runner.returncode == 1 and says in out
     assert start("--suite", "small", "--seeds", "1", "--retry", steps=40).wait() == 0
 
 
 def test_a_file_that_cannot_be_written_is_one_sentence_and_running_runs_save(start, tmp_path):
-    (tmp_path / "runs/quick__2.command").mkdir(parents=True)
-    runner = start("--suite", "small", "--workers", "2", steps=40)
+    runs = tmp_path / "runs"
+    (runs / "quick__3.command").mkdir(parents=True)         # waits until there is a free slot
+    (runs / "hold").touch()                                 # no run goes beyond its step 100
+    runner = start("--suite", "small", "--seeds", "1", "2", "3", "--workers", "2", steps=101)
+    for seed in (1, 2):
+        wait_for(runs / f"quick__{seed}/checkpoint.pt")
+    os.kill(child_of(runner, "quick__2"), signal.SIGKILL)
     _, error = runner.communicate()
     assert runner.returncode == 2 and "Traceback" not in error
-    assert "quick__2.command cannot be written" in error
-    assert not (tmp_path / "runs/quick__1/finished").exists()
-
-
-def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(start, tmp_path):
-    (tmp_path / "runs/quick__1").mkdir(parents=True)
-    (tmp_path / "runs/quick__1/args.json").write_text("{}")
-    assert start("--suite", "small", "--seeds", "1").wait() == 0
-    assert (tmp_path / "runs/quick__1/finished").exists()
+    assert "quick__3.command" in error and "the runs were told to save" in error
+    assert "interrupted at step" in (runs / "quick__1.log").read_text()
 
 
 def test_a_failed_run_is_named_left_and_retried(start, tmp_path):

@@ -184,6 +184,7 @@ def test_the_median_pruner_stops_what_is_behind_at_the_same_step(tmp_path):
     ("--search spin:1:2", "--spin"), ("--search size:a,b", "--size"), ("--search seed:1,2", "--seeds"),
     ("--entry smal --search rate:1:2", "as small"), ("--search rate:1:2 --trials 0", "--trials"),
     ("--search rate:1:2 --executor ray", "--pruner none"),
+    ("--search rate:1:2 --runs-dir /dev/null/runs", "--runs-dir /dev/null/runs"),
     ("--search rate:1:2 --storage nothing://there", "--storage")])
 def test_bad_input(flags, says, tmp_path, monkeypatch, capsys):
     (tmp_path / "stand_in.py").write_text(SCRIPT)
