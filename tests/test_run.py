@@ -217,6 +217,15 @@ def test_a_run_whose_entry_has_changed_since_is_named_and_left_alone(start, tmp_
     assert len(rows_of(tmp_path / "runs/quick__1")) == 6
 
 
+def test_what_another_runner_finishes_meanwhile_is_not_run_again(start, tmp_path):
+    first = start("--suite", "small", "--seeds", "1", steps=60)
+    wait_for(tmp_path / "runs/quick__1/checkpoint.pt")
+    second = start("--suite", "small", "--seeds", "1", steps=60)
+    out, _ = second.communicate()
+    assert first.wait() == 0 and second.returncode == 0
+    assert "waits for another process" in out and out.endswith("1 finished before\n")
+
+
 def test_what_stands_in_a_table_is_not_run(start, tmp_path):
     start("--suite", "small", "--dry-run").communicate()    # writes the entries
     same = digest(shlex.split(f"python {tmp_path}/fake.py --steps 3 --pause 0.05 --seed 1"))
