@@ -63,7 +63,7 @@ def of_another_recipe(folder, argv):
 
 
 def digest(argv):
-    """Eight letters for what a command makes an agent learn: a committed table keeps them."""
+    """Eight digits for what a command makes an agent learn: a committed table keeps them."""
     kept = [
         word for before, word in zip(["", *argv], argv) if word not in UNLEARNED and before not in UNLEARNED]
     return hashlib.sha256(shlex.join(kept).encode()).hexdigest()[:8]

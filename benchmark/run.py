@@ -10,10 +10,11 @@ An entry has a command (without --seed) and the seeds that it is published with.
 measure reaches its level: the mean of the last 100 training episodes, or that of an evaluation. Its suite is
 the name of its file.
 
-A run goes to <runs-dir>/<entry>__<seed>, and what it prints to <entry>__<seed>.log beside. Start the same
-command again, whatever happened: finished runs are skipped, interrupted ones are resumed, those of a killed
-machine from their last checkpoint. Runs that failed are listed with the last lines that they printed; --retry
-runs them again. A run whose entry has changed since it began is named and left alone.
+A run goes to <runs-dir>/<entry>__<seed>, what it prints to <entry>__<seed>.log beside, and what it was begun
+with to <entry>__<seed>.command. Start the same command again, whatever happened: finished runs are skipped,
+interrupted ones are resumed, those of a killed machine from their last checkpoint. Runs that failed are named
+with the last lines that they printed; --retry runs them again. A run whose entry has changed since it began
+is named and left alone.
 """
 import collections
 import contextlib
