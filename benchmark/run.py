@@ -206,9 +206,7 @@ class Queue:
         self.start = RayRun if args.executor == "ray" else LocalRun
         self.count, self.running = collections.Counter(), {}  # running: {folder: (run, slot, bar)}
         self.elsewhere = set()                              # folders in which another process trains
-        self.retry = args.retry
         self.waiting = collections.deque(job for job in jobs if self.is_wanted(*job))
-        self.retry = False                                  # what fails from now on has failed again
         self.slots = set(range(1, args.workers + 1))        # lines of the terminal that are free
         self.width = max((len(folder.name) for _, folder in jobs), default=0)
 
@@ -224,11 +222,10 @@ class Queue:
         if (folder / "finished").exists():
             self.count["finished before"] += 1
             return False
-        if failed.exists() and not self.retry:
+        if failed.exists():
             self.count["failed"] += 1
             tqdm.write(f"{folder.name}: failed before, --retry runs it again: {failed.read_text()}")
             return False
-        failed.unlink(missing_ok=True)
         return True
 
     def work(self):
@@ -410,6 +407,8 @@ def main(argv=None):
     if args.dry_run:
         return print("\n".join(shlex.join(argv) for argv, _ in jobs))
     make_runs_dir(args)
+    for _, folder in jobs if args.retry else ():
+        failure_of(folder).unlink(missing_ok=True)
     queue = Queue(jobs, args)
     work(queue, args)
     print(", ".join(f"{n} {what}" for what, n in queue.count.items()) or "nothing to run")
