@@ -405,6 +405,7 @@ def main(argv=None):
     check(args)
     jobs = jobs_of(chosen_entries(args), args)
     if args.dry_run:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # `| head` has read enough
         return print("\n".join(shlex.join(argv) for argv, _ in jobs))
     make_runs_dir(args)
     for _, folder in jobs if args.retry else ():

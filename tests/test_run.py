@@ -142,6 +142,12 @@ def test_dry_run_prints_the_exact_commands(start, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_dry_run_ends_silently_where_its_reader_does():
+    command = f"{sys.executable} benchmark/run.py --dry-run | head -1"          # more than a pipe holds
+    done = subprocess.run(command, shell=True, cwd=ROOT, text=True, capture_output=True)
+    assert done.stdout.startswith("python ") and not done.stderr
+
+
 @pytest.mark.parametrize("flags, says", [
     ("--suite elephant", "others, small"), ("--suite small --only broken", "--only broken"),
     ("--suite small --seeds", "--seeds"), ("--suite small --gpus-per-run 1", "--executor ray"),
