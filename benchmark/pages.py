@@ -341,15 +341,28 @@ def popgym_table(rows):
 def popgym_memories_table(rows):
     """popgym-full.csv: a column each memory, after its million steps."""
     rows = [row for row in rows if row["recipe"] == "1M"]
-    memories, cells = sorted(different(rows, "memory")), []
+    memories = sorted(different(rows, "memory"))
+    return markdown(["task", *memories], popgym_cells(rows, "memory", memories))
+
+
+def popgym_scripts_table(rows):
+    """popgym-full.csv: the column lru beside other scripts' million steps with it."""
+    rows = [row for row in rows if row["memory"] == "lru" and row["recipe"] != "best"]
+    header = "task", "PPO or PQN, by tape", "PPO, by segments", "DQN, by tape"
+    return markdown(header, popgym_cells(rows, "recipe", ["1M", "ppo-sbb", "dqn-tbb"]))
+
+
+def popgym_cells(rows, column, values):
+    """A line a task: the final returns of the rows that have each of these values in the column."""
+    cells = []
     for task in different(rows, "task"):
         scores = {}
         for row in rows:
             if row["task"] == task:
-                scores.setdefault(row["memory"], []).append(float(row["final"]))
+                scores.setdefault(row[column], []).append(float(row["final"]))
         most = max(map(len, scores.values()))
-        cells.append([task, *(mean_cell(scores.get(memory), most) for memory in memories)])
-    return markdown(["task", *memories], cells)
+        cells.append([task, *(mean_cell(scores.get(value), most) for value in values)])
+    return cells
 
 
 def popgym_hours():
@@ -507,6 +520,7 @@ TABLES = {                                                  # {name: (file, func
     "every-task": (RESULTS / "every-task.csv", every_task_table),
     "popgym-full": (RESULTS / "popgym-full.csv", popgym_table),
     "popgym-full-memories": (RESULTS / "popgym-full.csv", popgym_memories_table),
+    "popgym-full-scripts": (RESULTS / "popgym-full.csv", popgym_scripts_table),
 }
 WRITTEN = {  # made of more than one file, or of code
     "works": works, "beside": beside, "side-by-side": side_by_side, "known-bugs": known_bugs, "words": words,

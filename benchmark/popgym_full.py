@@ -7,15 +7,16 @@ Writes
     popgym-full.csv           a row a run: mmer is the greatest mean return of 100 training episodes, close to
                               POPGym's measure, exploring the last of them, both of the policy that explores;
                               final is the last evaluation, of the one that does not; recipe is "best", or
-                              "1M": a million steps with this memory; run is its folder, and digest tells
-                              its command from others
+                              "1M": a million steps with this memory, or "ppo-sbb", "dqn-tbb": the same by
+                              another script; run is its folder, and digest tells its command from others
     popgym-full-curves.csv    the evaluations of the best recipes
 
 Rows that were there before stay, if the suite still has their recipe. To join the runs of two machines call
 it twice, with the --runs-dir of either. The rest is made from these two files and popgym-published.csv:
     popgym-full.png, .svg               every task: ours beside the best of 13 published memories
     popgym-full-curves.png, .svg        the best recipes while they train, a panel a family
-    popgym-full-aggregate.csv, .png     interquartile means over tasks and seeds, a line a memory that has all
+    popgym-full-aggregate.csv, .png     interquartile means over tasks and seeds of a million steps, a line a
+                                        memory and recipe that have all
 """
 import csv
 import json
@@ -52,7 +53,7 @@ def collect(folder, out):
     curves, new = {}, {}
     for row in read_csv(curves_file):
         curves.setdefault((row["task"], row["seed"]), []).append(row)
-    for finished in sorted(folder.glob(f"{SUITE}__*/finished")):
+    for finished in sorted(folder.glob(f"{SUITE}*__*/finished")):
         try:
             row, evaluations = read_run(finished.parent, suite)
         except (OSError, ValueError, KeyError, IndexError, TypeError, csv.Error) as e:
@@ -85,9 +86,13 @@ def read_run(folder, suite):
     name, _, seed = folder.name.rpartition("__")
     if name not in suite or not seed.isdecimal():
         raise ValueError("it is not named <entry>__<seed>")
-    family, level, column = suite[name]["cell"]
+    family, level, *memory = suite[name]["cell"]
     args, rows = json.loads((folder / "args.json").read_text()), read_csv(folder / "progress.csv")
     task, argv = family + level, argv_of(suite[name], seed)
+    if memory:
+        recipe = "best" if memory == ["best"] else "1M"
+    else:                                                   # a group of one memory and another script
+        recipe = suite[name]["group"].removeprefix(f"{SUITE}-")
     returns = [  # means of 100 episodes; older runs do not say of how many
         float(row["charts/episodic_return"]) for row in rows
         if row["charts/episodic_return"] and int(row.get("charts/episodes", 100)) >= 100]
@@ -103,7 +108,7 @@ def read_run(folder, suite):
         "task": task, "memory": args["memory"], "script": f"{args['script']}.py", "seed": seed,
         "steps": rows[-1]["global_step"], "seconds": f"{float(rows[-1]['seconds']):.0f}",
         "mmer": f"{max(returns):.4f}", "exploring": f"{returns[-1]:.4f}", "final": evaluations[-1]["return"],
-        "recipe": "best" if column == "best" else "1M", "run": folder.name, "digest": digest(argv)}
+        "recipe": recipe, "run": folder.name, "digest": digest(argv)}
     if of_another_recipe(folder, argv):
         raise ValueError("its entry has changed since it began")
     if run["steps"] != argv[argv.index("--total-timesteps") + 1]:
@@ -114,12 +119,12 @@ def read_run(folder, suite):
 
 
 def complete(rows):
-    """The rows of the memories that have all tasks: means over some of them would say little."""
+    """The rows of the memories and recipes that have all tasks: means over some of them would say little."""
     all_tasks = {"".join(entry["cell"][:2]) for entry in entries().values() if entry["suite"] == SUITE}
     tasks = {}
     for row in rows:
-        tasks.setdefault(row["memory"], set()).add(row["task"])
-    return [row for row in rows if tasks[row["memory"]] == all_tasks]
+        tasks.setdefault((row["memory"], row["recipe"]), set()).add(row["task"])
+    return [row for row in rows if tasks[row["memory"], row["recipe"]] == all_tasks]
 
 
 def family_and_level(task):
@@ -186,7 +191,7 @@ def main(argv=None):
     if any(row["recipe"] == "best" for row in table):
         draw_tasks(table, {row["task"]: row for row in read_csv(PUBLISHED)}, out)
         draw_families(curves, out)
-    million = complete([row for row in table if row["recipe"] == "1M"])
+    million = complete([row for row in table if row["recipe"] != "best"])
     if million:
         arms = aggregate([
             {column: row[column] for column in ("task", "memory", "recipe", "seed")} | {"last": row["final"]}

@@ -1,11 +1,15 @@
 """benchmark/popgym_full.py: from run folders to the table of all of POPGym."""
 import csv
+import importlib
 import json
 import re
 import sys
 
 import pytest
 
+import ppo_recurrent_sbb
+import ppo_recurrent_tbb
+from models.flags import parse
 from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmark"))
@@ -142,10 +146,11 @@ def test_interquartile_means_are_of_the_memories_that_have_every_task(tmp_path, 
     write_run(tmp_path / "runs/popgym-full__RepeatFirst__Hard__lru__1")
     assert not (make() / "popgym-full-aggregate.csv").exists()
     for name, entry in SUITE.items():
-        if entry["cell"][2] == "gru":
+        if entry["cell"][2:] == ["gru"] or entry["group"] != "popgym-full":
             write_run(tmp_path / f"runs/{name}__1")
-    (row,) = rows_of(make() / "popgym-full-aggregate.csv")
-    assert row["memory"] == "gru" and row["tasks"] == "42" and float(row["iqm"]) == 0.6
+    rows = rows_of(make() / "popgym-full-aggregate.csv")
+    assert [(row["memory"], row["recipe"]) for row in rows] == [("gru", "1M"), ("lru", "ppo-sbb")]
+    assert [(row["tasks"], float(row["iqm"])) for row in rows] == [("42", 0.6)] * 2
 
 
 def test_without_runs_it_says_what_makes_them(tmp_path, make, capsys):
@@ -163,9 +168,45 @@ def test_plot_leaves_the_suite_to_it(tmp_path):
 def test_the_suite_has_every_task_with_every_memory():
     from models import MEMORIES  # brings torch
 
-    cells = [entry["cell"] for entry in SUITE.values()]
+    cells = [entry["cell"] for entry in SUITE.values() if entry["group"] == "popgym-full"]
     assert len(cells) == 42 * (1 + len(MEMORIES))
     assert {memory for _, _, memory in cells} == {"best", *MEMORIES}
+
+
+def test_ppo_by_segments_has_the_recipe_of_ppo_by_tape():
+    """But for what only one of them has. PQN's families have the recipe of the bandit, without a discount."""
+    same = set(vars(ppo_recurrent_sbb.Args())) & set(vars(ppo_recurrent_tbb.Args()))
+    for name, entry in SUITE.items():
+        if entry["group"] == "popgym-full-ppo-sbb":
+            family, level = entry["cell"]
+            args = args_of(entry)
+            tape = SUITE[f"popgym-full__{family}__{level}__lru"]
+            if "pqn" in tape["command"]:
+                expected = vars(args_of(SUITE["popgym-full__MultiarmedBandit__Easy__lru"]))
+                expected |= {"env_id": f"popgym-{family}{level}-v0", "gamma": 0.0}
+            else:
+                expected = vars(args_of(tape))
+            assert {key: vars(args)[key] for key in same} == {key: expected[key] for key in same}, name
+
+
+def args_of(entry):
+    _, script, *flags = entry["command"].split()
+    module = importlib.import_module(script.removesuffix(".py"))
+    return parse(module.Args, module.SCRIPT, flags)[0]
+
+
+def test_every_run_ends_with_a_whole_rollout_and_an_evaluation():
+    commands = {}                                           # the same steps and flags need no second look
+    for entry in SUITE.values():
+        words = entry["command"].split()
+        flags = "--num-envs", "--num-steps", "--train-every", "--total-timesteps", "--eval-every"
+        key = words[1], *(words[words.index(flag) + 1] for flag in flags if flag in words)
+        commands[key] = entry
+    for entry in commands.values():
+        args = args_of(entry)
+        rollout = args.train_every if "dqn" in entry["command"] else args.num_envs * args.num_steps
+        end, every = args.total_timesteps, args.eval_every
+        assert end % rollout == 0 and end // every > (end - rollout) // every, entry["command"]
 
 
 def test_every_placeholder_of_every_entry_is_filled():
@@ -198,6 +239,13 @@ def test_the_table_of_memories():
             row | {"memory": "lru", "final": "0.9", "recipe": "best"}]
     assert pages.popgym_memories_table(rows).splitlines() == [
         "| task | gru | lru |", "|---|---|---|", "| AutoencodeHard | -0.30 | -0.20 |"]
+
+
+def test_the_table_of_scripts():
+    row = {"task": "AutoencodeHard", "memory": "lru", "recipe": "1M"}
+    rows = [row | {"final": "-0.2"}, row | {"final": "-0.3", "recipe": "ppo-sbb"},
+            row | {"final": "0.9", "recipe": "best"}, row | {"final": "0.8", "memory": "gru"}]
+    assert pages.popgym_scripts_table(rows).splitlines()[2:] == ["| AutoencodeHard | -0.20 | -0.30 | - |"]
 
 
 def test_players_who_know_the_rules_have_what_is_committed():
