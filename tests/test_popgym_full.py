@@ -241,6 +241,14 @@ def test_the_table_of_memories():
         "| task | gru | lru |", "|---|---|---|", "| AutoencodeHard | -0.30 | -0.20 |"]
 
 
+def test_what_is_below_the_published_figures_by_more_than_their_rounding():
+    finals = (("RepeatPreviousMedium", "0.70"), ("RepeatPreviousMedium", "0.8772"),      # published: 0.789
+              ("RepeatPreviousHard", "0.1904"), ("BattleshipEasy", "0"))                 # 0.191, nothing
+    rows = [{"recipe": "best", "task": task, "final": final} for task, final in finals]
+    assert pages.popgym_reached(rows) == (
+        "Ours reaches 1 of 2 published figures. Below: RepeatPreviousHard.\n")
+
+
 def test_the_table_of_scripts():
     row = {"task": "AutoencodeHard", "memory": "lru", "recipe": "1M"}
     rows = [row | {"final": "-0.2"}, row | {"final": "-0.3", "recipe": "ppo-sbb"},
