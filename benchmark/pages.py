@@ -167,8 +167,8 @@ def aggregate_table(rows):
 def interval_cell(row):
     if row is None:
         return "-"
-    mean, low, high = (float(row[name]) for name in ("iqm", "low", "high"))
-    return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+    interval = f" [{float(row['low']):.2f}, {float(row['high']):.2f}]" if row["low"] else ""
+    return f"{float(row['iqm']):.2f}{interval}"
 
 
 def memory_of(row):

@@ -196,7 +196,7 @@ def aggregate(rows, draws=10_000):
 
     Stratified bootstrap: seeds are drawn again within each task (Agarwal et al. 2021,
     https://arxiv.org/abs/2108.13264). Scores are taken as they are. A task with fewer seeds weighs as much as
-    the others. Arms that lack a task are left out.
+    the others. Arms that lack a task are left out. An arm of one seed a task has no interval.
     """
     first, *others = [name for name in rows[0] if name not in ("seed", "last", "steps", "seconds")]
     tasks, out, rng = {row[first] for row in rows}, [], np.random.default_rng(0)
@@ -209,10 +209,11 @@ def aggregate(rows, draws=10_000):
             continue
         seeds = math.lcm(*map(len, scores.values()))        # repeat scores: every task has equally many
         again = [np.repeat(rng.choice(x, (draws, len(x))), seeds // len(x), axis=1) for x in scores.values()]
-        low, high = np.quantile(iqm(np.concatenate(again, axis=1)), (0.025, 0.975))     # of [draws, runs]
+        bounds = np.quantile(iqm(np.concatenate(again, axis=1)), (0.025, 0.975))        # of [draws, runs]
+        low, high = (f"{bound:.3f}" if seeds > 1 else "" for bound in bounds)
         runs = np.concatenate([np.repeat(x, seeds // len(x)) for x in scores.values()])
         out.append(dict(zip(others, arm)) | {
-            "iqm": f"{iqm(runs):.3f}", "low": f"{low:.3f}", "high": f"{high:.3f}", "tasks": len(tasks),
+            "iqm": f"{iqm(runs):.3f}", "low": low, "high": high, "tasks": len(tasks),
             "runs": sum(map(len, scores.values()))})
     return out
 
@@ -309,9 +310,10 @@ def draw_aggregate(group, rows, out):
     first, last = list(rows[0])[:2]
     colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(row[last] for row in rows))}
     for y, row in enumerate(rows):
-        low, mid, high = (float(row[k]) for k in ("low", "iqm", "high"))
-        axis.plot([low, high], [y, y], color=colours[row[last]], linewidth=4, alpha=0.4)
-        axis.plot(mid, y, "|", color=colours[row[last]], markersize=9)
+        if row["low"]:
+            interval = float(row["low"]), float(row["high"])
+            axis.plot(interval, [y, y], color=colours[row[last]], linewidth=4, alpha=0.4)
+        axis.plot(float(row["iqm"]), y, "|", color=colours[row[last]], markersize=9)
     axis.set_yticks(range(len(rows)), [f"{row[first]}, {row[last]}" for row in rows], fontsize=7)
     axis.invert_yaxis()
     xlabel = f"interquartile mean over {rows[0]['tasks']} tasks and their seeds, 95 % interval"

@@ -151,6 +151,8 @@ def test_interquartile_means_are_of_the_memories_that_have_every_task(tmp_path, 
     rows = rows_of(make() / "popgym-full-aggregate.csv")
     assert [(row["memory"], row["recipe"]) for row in rows] == [("gru", "1M"), ("lru", "ppo-sbb")]
     assert [(row["tasks"], float(row["iqm"])) for row in rows] == [("42", 0.6)] * 2
+    assert {row["low"] for row in rows} == {""}             # of one seed
+    assert pages.aggregate_table(rows).splitlines()[2:] == ["| gru | 0.60 | - |", "| lru | - | 0.60 |"]
 
 
 def test_without_runs_it_says_what_makes_them(tmp_path, make, capsys):
