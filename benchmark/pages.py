@@ -346,8 +346,10 @@ def popgym_memories_table(rows):
 
 
 def popgym_scripts_table(rows):
-    """popgym-full.csv: the column lru beside other scripts' million steps with it."""
-    rows = [row for row in rows if row["memory"] == "lru" and row["recipe"] != "best"]
+    """popgym-full.csv: the column lru beside other scripts' million steps, of the tasks that have some."""
+    others = {row["task"] for row in rows if row["recipe"] not in ("best", "1M")}
+    rows = [
+        row for row in rows if row["task"] in others and row["memory"] == "lru" and row["recipe"] != "best"]
     header = "task", "PPO or PQN, by tape", "PPO, by segments", "DQN, by tape"
     return markdown(header, popgym_cells(rows, "recipe", ["1M", "ppo-sbb", "dqn-tbb"]))
 

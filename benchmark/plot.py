@@ -196,7 +196,7 @@ def aggregate(rows, draws=10_000):
 
     Stratified bootstrap: seeds are drawn again within each task (Agarwal et al. 2021,
     https://arxiv.org/abs/2108.13264). Scores are taken as they are. A task with fewer seeds weighs as much as
-    the others. Arms that lack a task are left out. An arm of one seed a task has no interval.
+    the others. Arms that lack a task are left out. Where a task has one seed there is no interval.
     """
     first, *others = [name for name in rows[0] if name not in ("seed", "last", "steps", "seconds")]
     tasks, out, rng = {row[first] for row in rows}, [], np.random.default_rng(0)
@@ -210,7 +210,8 @@ def aggregate(rows, draws=10_000):
         seeds = math.lcm(*map(len, scores.values()))        # repeat scores: every task has equally many
         again = [np.repeat(rng.choice(x, (draws, len(x))), seeds // len(x), axis=1) for x in scores.values()]
         bounds = np.quantile(iqm(np.concatenate(again, axis=1)), (0.025, 0.975))        # of [draws, runs]
-        low, high = (f"{bound:.3f}" if seeds > 1 else "" for bound in bounds)
+        all_again = min(map(len, scores.values())) > 1
+        low, high = (f"{bound:.3f}" if all_again else "" for bound in bounds)
         runs = np.concatenate([np.repeat(x, seeds // len(x)) for x in scores.values()])
         out.append(dict(zip(others, arm)) | {
             "iqm": f"{iqm(runs):.3f}", "low": low, "high": high, "tasks": len(tasks),
@@ -316,8 +317,9 @@ def draw_aggregate(group, rows, out):
         axis.plot(float(row["iqm"]), y, "|", color=colours[row[last]], markersize=9)
     axis.set_yticks(range(len(rows)), [f"{row[first]}, {row[last]}" for row in rows], fontsize=7)
     axis.invert_yaxis()
-    xlabel = f"interquartile mean over {rows[0]['tasks']} tasks and their seeds, 95 % interval"
-    axis.set_xlabel(xlabel, fontsize=8)
+    interval = ", 95 % interval" if any(row["low"] for row in rows) else ""
+    axis.set_xlabel(
+        f"interquartile mean over {rows[0]['tasks']} tasks and their seeds{interval}", fontsize=8)
     save(figure, out / f"{group}-aggregate")
 
 

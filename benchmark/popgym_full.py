@@ -7,7 +7,7 @@ Writes
     popgym-full.csv           a row a run: mmer is the greatest mean return of 100 training episodes, close to
                               POPGym's measure, exploring the last of them, both of the policy that explores;
                               final is the last evaluation, of the one that does not; recipe is "best", or
-                              "1M": a million steps with this memory, or "ppo-sbb", "dqn-tbb": the same by
+                              "1M": a million steps with this memory, or "ppo-sbb", "dqn-tbb": of an LRU by
                               another script; run is its folder, and digest tells its command from others
     popgym-full-curves.csv    the evaluations of the best recipes
 
@@ -15,8 +15,7 @@ Rows that were there before stay, if the suite still has their recipe. To join t
 it twice, with the --runs-dir of either. The rest is made from these two files and popgym-published.csv:
     popgym-full.png, .svg               every task: ours beside the best of 13 published memories
     popgym-full-curves.png, .svg        the best recipes while they train, a panel a family
-    popgym-full-aggregate.csv, .png     interquartile means over tasks and seeds of a million steps, a line a
-                                        memory and recipe that have all
+    popgym-full-aggregate.csv, .png     interquartile means over tasks and seeds, a line a memory that has all
 """
 import csv
 import json
@@ -119,12 +118,12 @@ def read_run(folder, suite):
 
 
 def complete(rows):
-    """The rows of the memories and recipes that have all tasks: means over some of them would say little."""
+    """The rows of the memories that have all tasks: means over some of them would say little."""
     all_tasks = {"".join(entry["cell"][:2]) for entry in entries().values() if entry["suite"] == SUITE}
     tasks = {}
     for row in rows:
-        tasks.setdefault((row["memory"], row["recipe"]), set()).add(row["task"])
-    return [row for row in rows if tasks[row["memory"], row["recipe"]] == all_tasks]
+        tasks.setdefault(row["memory"], set()).add(row["task"])
+    return [row for row in rows if tasks[row["memory"]] == all_tasks]
 
 
 def family_and_level(task):
@@ -133,7 +132,7 @@ def family_and_level(task):
 
 
 def place(row):
-    """Families by name, then levels, the best recipe first, memories, seeds; a curve as it was."""
+    """Families by name, then levels, recipes, memories, seeds; a curve as it was."""
     family, level = family_and_level(row["task"])
     return family, list(LEVELS).index(level), row.get("recipe", ""), row.get("memory", ""), int(row["seed"])
 
@@ -191,7 +190,7 @@ def main(argv=None):
     if any(row["recipe"] == "best" for row in table):
         draw_tasks(table, {row["task"]: row for row in read_csv(PUBLISHED)}, out)
         draw_families(curves, out)
-    million = complete([row for row in table if row["recipe"] != "best"])
+    million = complete([row for row in table if row["recipe"] == "1M"])
     if million:
         arms = aggregate([
             {column: row[column] for column in ("task", "memory", "recipe", "seed")} | {"last": row["final"]}

@@ -167,3 +167,5 @@ def test_interquartile_mean_and_its_interval():
         assert arm["low"] == arm["iqm"] == arm["high"] == "2.500"
     more = same + [{**row, "seed": "3"} for row in same if row["task"] in "ab"]     # weigh no more for it
     assert [arm["iqm"] for arm in plot.aggregate(more)] == ["2.500", "2.500"]
+    fewer = [row for row in same if row["task"] != "a" or row["seed"] == "0"]       # one seed: no interval
+    assert {(arm["iqm"], arm["low"], arm["high"]) for arm in plot.aggregate(fewer)} == {("2.500", "", "")}

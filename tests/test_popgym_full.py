@@ -1,4 +1,5 @@
 """benchmark/popgym_full.py: from run folders to the table of all of POPGym."""
+import collections
 import csv
 import importlib
 import json
@@ -148,11 +149,11 @@ def test_interquartile_means_are_of_the_memories_that_have_every_task(tmp_path, 
     for name, entry in SUITE.items():
         if entry["cell"][2:] == ["gru"] or entry["group"] != "popgym-full":
             write_run(tmp_path / f"runs/{name}__1")
-    rows = rows_of(make() / "popgym-full-aggregate.csv")
-    assert [(row["memory"], row["recipe"]) for row in rows] == [("gru", "1M"), ("lru", "ppo-sbb")]
-    assert [(row["tasks"], float(row["iqm"])) for row in rows] == [("42", 0.6)] * 2
-    assert {row["low"] for row in rows} == {""}             # of one seed
-    assert pages.aggregate_table(rows).splitlines()[2:] == ["| gru | 0.60 | - |", "| lru | - | 0.60 |"]
+    (row,) = rows_of(make() / "popgym-full-aggregate.csv")
+    assert row["memory"] == "gru" and row["tasks"] == "42" and float(row["iqm"]) == 0.6
+    assert row["low"] == "" and pages.interval_cell(row) == "0.60"                  # of one seed
+    assert collections.Counter(row["recipe"] for row in rows_of(tmp_path / "out/popgym-full.csv")) == {
+        "1M": 43, "ppo-sbb": 42, "dqn-tbb": 36}
 
 
 def test_without_runs_it_says_what_makes_them(tmp_path, make, capsys):
@@ -175,10 +176,14 @@ def test_the_suite_has_every_task_with_every_memory():
     assert {memory for _, _, memory in cells} == {"best", *MEMORIES}
 
 
-def test_ppo_by_segments_has_the_recipe_of_ppo_by_tape():
-    """But for what only one of them has. PQN's families have the recipe of the bandit, without a discount."""
+def test_ppo_by_segments_has_the_recipe_of_ppo_by_tape_and_dqn_the_discount():
+    """But for what only one of them has. PQN's families have the bandit's recipe, with gamma 0."""
     same = set(vars(ppo_recurrent_sbb.Args())) & set(vars(ppo_recurrent_tbb.Args()))
     for name, entry in SUITE.items():
+        if entry["group"] == "popgym-full-dqn-tbb":
+            family, level = entry["cell"]
+            tape = SUITE[f"popgym-full__{family}__{level}__lru"]["command"]
+            assert re.findall(r"--gamma \S+", entry["command"]) == re.findall(r"--gamma \S+", tape), name
         if entry["group"] == "popgym-full-ppo-sbb":
             family, level = entry["cell"]
             args = args_of(entry)
@@ -254,8 +259,12 @@ def test_what_is_below_the_published_figures_by_more_than_their_rounding():
 def test_the_table_of_scripts():
     row = {"task": "AutoencodeHard", "memory": "lru", "recipe": "1M"}
     rows = [row | {"final": "-0.2"}, row | {"final": "-0.3", "recipe": "ppo-sbb"},
-            row | {"final": "0.9", "recipe": "best"}, row | {"final": "0.8", "memory": "gru"}]
-    assert pages.popgym_scripts_table(rows).splitlines()[2:] == ["| AutoencodeHard | -0.20 | -0.30 | - |"]
+            row | {"final": "-0.4", "recipe": "dqn-tbb"},
+            row | {"final": "0.9", "recipe": "best"}, row | {"final": "0.8", "memory": "gru"},
+            row | {"final": "0.7", "task": "AutoencodeEasy"}]
+    assert pages.popgym_scripts_table(rows).splitlines() == [
+        "| task | PPO or PQN, by tape | PPO, by segments | DQN, by tape |", "|---|---|---|---|",
+        "| AutoencodeHard | -0.20 | -0.30 | -0.40 |"]
 
 
 def test_players_who_know_the_rules_have_what_is_committed():
