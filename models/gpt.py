@@ -38,7 +38,7 @@ class GPT(nn.Module):
         # DEVIATION (Su et al. 2021, speeds 10,000^(-2i / head_size)): from 1 to 1/10,000, both included.
         #   Test: test_equations.py::test_a_memory_equals_its_equations.
         speed = 10_000 ** -torch.linspace(0, 1, head_size // 2)             # radians a step
-        self.register_buffer("speed", speed, persistent=False)              # [head_size / 2]
+        self.register_buffer("speed", speed.repeat(heads), persistent=False)    # [H / 2]
 
     def initial_state(self, batch_size):
         p = self.norm.weight
@@ -80,7 +80,7 @@ class GPT(nn.Module):
         return self.norm(x).transpose(0, 1), (age, *after)
 
     def turns(self, n):
-        """The rotations of positions 0 ... n - 1: complex numbers of length 1, [n, head_size / 2]."""
+        """The rotations of positions 0 ... n - 1: complex numbers of length 1, [n, H / 2]."""
         positions = torch.arange(n, device=self.speed.device, dtype=self.speed.dtype)
         angles = positions[:, None] * self.speed
         return torch.polar(torch.ones_like(angles), angles)
@@ -146,12 +146,15 @@ class Block(nn.Module):
         """q [B, T, H], k, v [B, old + T, H] -> [B, T, H]"""
         q = self.rotate(q, turns[-q.shape[1] :])
         k = self.rotate(k, turns)
-        v = v.unflatten(-1, (self.heads, -1)).transpose(1, 2)               # [B, heads, *, head_size]
+        v = self.split(v)
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
         return y.transpose(1, 2).flatten(2)
 
+    def split(self, x):
+        """[B, T, H] -> [B, heads, T, head_size]"""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
     def rotate(self, x, turns):
         """Turn pairs of numbers, taken as complex ones.   x [B, T, H] -> [B, heads, T, head_size]"""
-        pairs = torch.view_as_complex(x.unflatten(-1, (self.heads, -1, 2)))
-        turned = pairs * turns[:, None]                     # [B, T, heads, head_size / 2]
-        return torch.view_as_real(turned).flatten(-2).transpose(1, 2)
+        turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turns            # [B, T, H / 2]
+        return self.split(torch.view_as_real(turned).flatten(-2))

@@ -350,7 +350,11 @@ Block.rotate = rotate
     (
         "gpt-rotation-speeds-of-the-paper",
         "10,000^(-2i / head_size), which never reaches 1/10,000",
-        after_init("GPT", "self.speed.copy_(10_000 ** (-torch.arange(len(self.speed)) / len(self.speed)))"),
+        after_init(
+            "GPT",
+            "heads = self.blocks[0].heads; n = len(self.speed) // heads; "
+            "self.speed.copy_((10_000 ** (-torch.arange(n) / n)).repeat(heads))",
+        ),
     ),
     (
         "gpt-values-rotated",
