@@ -318,8 +318,8 @@ def draw_aggregate(group, rows, out):
     axis.set_yticks(range(len(rows)), [f"{row[first]}, {row[last]}" for row in rows], fontsize=7)
     axis.invert_yaxis()
     interval = ", 95 % interval" if any(row["low"] for row in rows) else ""
-    axis.set_xlabel(
-        f"interquartile mean over {rows[0]['tasks']} tasks and their seeds{interval}", fontsize=8)
+    tasks = " or ".join(dict.fromkeys(str(row["tasks"]) for row in rows))
+    axis.set_xlabel(f"interquartile mean over {tasks} tasks and their seeds{interval}", fontsize=8)
     save(figure, out / f"{group}-aggregate")
 
 

@@ -145,15 +145,30 @@ def test_what_is_committed_is_of_todays_recipes():
 
 def test_interquartile_means_are_of_the_memories_that_have_every_task(tmp_path, make):
     write_run(tmp_path / "runs/popgym-full__RepeatFirst__Hard__lru__1")
+    write_run(tmp_path / "runs/popgym-full__RepeatFirst__Hard__lru__2")
     assert not (make() / "popgym-full-aggregate.csv").exists()
     for name, entry in SUITE.items():
-        if entry["cell"][2:] == ["gru"] or entry["group"] != "popgym-full":
-            write_run(tmp_path / f"runs/{name}__1")
-    (row,) = rows_of(make() / "popgym-full-aggregate.csv")
-    assert row["memory"] == "gru" and row["tasks"] == "42" and float(row["iqm"]) == 0.6
-    assert row["low"] == "" and pages.interval_cell(row) == "0.60"                  # of one seed
+        if entry["cell"][2:] in (["gru"], ["none"]) or entry["group"] != "popgym-full":
+            of_none = {"eval/episodic_return": 0.8} if entry["cell"][2:] == ["none"] else {}
+            write_run(tmp_path / f"runs/{name}__1", **of_none)
+    best, other = rows_of(make() / "popgym-full-aggregate.csv")                     # the best first
+    assert (best["memory"], other["memory"], best["over"]) == ("none", "gru", "all tasks, one seed")
+    assert other["tasks"] == "42" and float(other["iqm"]) == 0.6
+    assert other["low"] == "" and pages.interval_cell(other) == "0.60"              # of one seed
     assert collections.Counter(row["recipe"] for row in rows_of(tmp_path / "out/popgym-full.csv")) == {
-        "1M": 43, "ppo-sbb": 42, "dqn-tbb": 36}
+        "1M": 86, "ppo-sbb": 42, "dqn-tbb": 36}
+
+
+def test_three_seeds_of_five_families_have_an_interval(tmp_path, make):
+    """Each task's seeds have 0.2, 0.4 and 0.6: whatever is drawn again, every mean lies between."""
+    for name, entry in SUITE.items():
+        if entry["cell"][2:] == ["gru"] and entry["seeds"] == [1, 2, 3]:
+            for seed in entry["seeds"]:
+                write_run(tmp_path / f"runs/{name}__{seed}", **{"eval/episodic_return": 0.2 * seed})
+    (row,) = rows_of(make() / "popgym-full-aggregate.csv")
+    assert (row["over"], row["tasks"], row["runs"]) == ("five families, three seeds", "15", "45")
+    assert float(row["iqm"]) == pytest.approx(0.4)
+    assert 0.2 < float(row["low"]) < 0.4 < float(row["high"]) < 0.6
 
 
 def test_without_runs_it_says_what_makes_them(tmp_path, make, capsys):
