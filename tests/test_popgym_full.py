@@ -5,6 +5,7 @@ import importlib
 import json
 import re
 import sys
+import tomllib
 
 import pytest
 
@@ -237,6 +238,13 @@ def test_every_run_ends_with_a_whole_rollout_and_an_evaluation():
 
 def test_every_placeholder_of_every_entry_is_filled():
     assert not [name for name, entry in entries().items() if re.search(r"{[\w-]+[}{]", entry["command"])]
+
+
+def test_the_pages_line_for_a_memory_of_your_own_is_like_the_others():
+    line = re.search("`(mine = .*?)`", (ROOT / "docs/popgym.md").read_text())[1]
+    suite = tomllib.loads((ROOT / "benchmark/tasks/popgym-full.toml").read_text())
+    lru = suite["popgym-full"]["grid"]["memory"]["lru"]
+    assert tomllib.loads(line) == {"mine": lru | {"memory": "mine"}}
 
 
 def test_a_cell_says_how_many_seeds_it_has_where_others_have_another_number():
