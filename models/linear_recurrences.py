@@ -195,7 +195,7 @@ class S6(LinearRecurrence):
         return torch.exp(-dt * self.A_log.exp()), dt * x[..., None] * self.B(x)[..., None, :]
 
     def readout(self, h, x):
-        return (self.C(x)[..., None, :] @ h.mT).squeeze(-2) + self.D * x     # PERF: h C is slower
+        return (self.C(x)[..., None, :] @ h.mT).squeeze(-2) + self.D * x     # PERF: h C takes longer
 
 
 class FFM(LinearRecurrence):
