@@ -28,7 +28,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 from entries import MEASURES, TASKS, entries
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator
 from run import command_line, fail
 
 plt.switch_backend("Agg")
@@ -278,13 +278,17 @@ def draw_grid(group, rows, entry, out, x="global_step", name=""):
                 if cell:
                     counts.add(len({row["seed"] for row in cell}))
                     draw_curves(axes[i][j], cell, x, label=curve, color=f"C{k}")
+            axes[i][j].xaxis.set_major_locator(MaxNLocator(4))
             if x == "global_step":                          # 100k beside 125k: zeros would collide
                 axes[i][j].xaxis.set_major_formatter(EngFormatter(sep=""))
             axes[i][j].set_title(f"{column}, {line}", fontsize=8)
-    axes[0][0].legend()
-    seeds = " to ".join(map(str, sorted(counts)))
+    known = {}                                              # a panel may lack a curve that another has
+    for axis in axes.flat:
+        known |= {label: line for line, label in zip(*axis.get_legend_handles_labels())}
+    axes[0][0].legend([known[curve] for curve in curves], curves)
+    seeds = " to ".join(dict.fromkeys((str(min(counts)), str(max(counts)))))
     figure.supxlabel(x.replace("global_step", "environment steps"), fontsize=8)
-    figure.supylabel(f"{MEASURES[entry['measure']][1]} (n = {seeds}: mean, range)", fontsize=8)
+    figure.supylabel(f"{MEASURES[entry['measure']][1]}\n(n = {seeds}: mean, range)", fontsize=8)
     save(figure, out / (group + name))
 
 
@@ -319,7 +323,7 @@ def draw_aggregate(group, rows, out):
     axis.invert_yaxis()
     interval = ", 95 % interval" if any(row["low"] for row in rows) else ""
     tasks = " or ".join(dict.fromkeys(str(row["tasks"]) for row in rows))
-    axis.set_xlabel(f"interquartile mean over {tasks} tasks and their seeds{interval}", fontsize=8)
+    figure.supxlabel(f"interquartile mean over {tasks} tasks and their seeds{interval}", fontsize=8)
     save(figure, out / f"{group}-aggregate")
 
 

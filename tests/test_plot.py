@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+from matplotlib.image import imread
 from torch.utils.tensorboard import SummaryWriter
 
 from tests.conftest import ROOT
@@ -125,10 +126,49 @@ def test_a_grid_is_drawn_from_its_csv_files_alone(tmp_path, draw):
     assert {path.name: path.read_bytes() for path in draw().iterdir()} == kept
 
 
+def cut(png):
+    """Whether something is drawn up to the edge of a figure, as a label is that is longer than its side."""
+    image = imread(png)[..., :3]                            # [height, width, RGB]
+    return (image[[0, -1]] < 0.9).any() or (image[:, [0, -1]] < 0.9).any()
+
+
+def test_no_label_is_cut_off(tmp_path, draw):
+    for task in ("easy", "hard"):
+        for batching in ("sbb", "tbb"):
+            write_run(tmp_path / f"runs/many__{task}__lru__{batching}__1", "charts/episodic_return", [0, 1])
+    figures = [*draw().glob("*.png"), *(ROOT / "benchmark/results").glob("*.png")]
+    assert len(figures) > 50
+    assert not [png.name for png in figures if cut(png)]
+
+
+def test_the_legend_has_every_curve_of_a_grid(tmp_path, draw, monkeypatch):
+    """Its panel, the first, may lack some. And n is the fewest to the most seeds of a panel's curves."""
+    legends, labels = [], []
+    for cell in ("easy__lru__sbb__1", "hard__lru__tbb__1", "hard__lru__tbb__2"):
+        write_run(tmp_path / f"runs/many__{cell}", "charts/episodic_return", [0, 1])
+
+    def look(figure, path):
+        legends.append([text.get_text() for text in figure.axes[0].get_legend().get_texts()])
+        labels.append(figure.get_supylabel())
+
+    monkeypatch.setattr(plot, "save", look)
+    draw()
+    assert legends == [["sbb", "tbb"]] * 2
+    assert labels == ["return, mean of 100 episodes\n(n = 1 to 2: mean, range)"] * 2
+
+
 def test_a_grid_of_which_every_arm_lacks_a_task_has_no_aggregate_yet(tmp_path, draw):
     for cell in ("easy__lru__sbb", "hard__lru__tbb"):
         write_run(tmp_path / f"runs/many__{cell}__1", "charts/episodic_return", [0, 1])
     assert {path.name for path in draw().glob("*.png")} == {"many.png", "many-seconds.png"}
+
+
+@pytest.mark.parametrize("group", ["popgym", "dqn"])
+def test_a_committed_aggregate_is_that_of_its_table(group):
+    results = ROOT / "benchmark/results"
+    arms = plot.aggregate(rows_of(results / f"{group}-table.csv"))
+    assert [{name: str(value) for name, value in arm.items()} for arm in arms] == rows_of(
+        results / f"{group}-aggregate.csv")
 
 
 def test_runs_of_others_by_their_tensorboard_events(tmp_path, draw):

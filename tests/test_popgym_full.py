@@ -144,6 +144,13 @@ def test_what_is_committed_is_of_todays_recipes():
     assert not [row["run"] for row in rows if not popgym_full.is_of(SUITE, row)]
 
 
+def test_the_committed_aggregate_is_that_of_the_committed_table():
+    rows = rows_of(pages.RESULTS / "popgym-full.csv")
+    arms = popgym_full.interquartile_means([row for row in rows if row["recipe"] == "1M"])
+    assert [{name: str(value) for name, value in arm.items()} for arm in arms] == rows_of(
+        pages.RESULTS / "popgym-full-aggregate.csv")
+
+
 def test_interquartile_means_are_of_the_memories_that_have_every_task(tmp_path, make):
     write_run(tmp_path / "runs/popgym-full__RepeatFirst__Hard__lru__1")
     write_run(tmp_path / "runs/popgym-full__RepeatFirst__Hard__lru__2")
