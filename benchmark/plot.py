@@ -226,7 +226,7 @@ def save(figure, path):
 
 
 def draw_curves(axis, rows, x, **style):
-    """The mean over the seeds and their range, each at the x that all have reached.
+    """The mean over the seeds and their range, each at the x that all have reached. Returns the mean's line.
 
     rows: of one cell, from a curve file
     """
@@ -244,6 +244,7 @@ def draw_curves(axis, rows, x, **style):
         for run in runs:
             axis.plot(*run.T, color=line.get_color(), linewidth=0.5, alpha=0.5)
     axis.tick_params(labelsize=7)
+    return line
 
 
 def draw(group, rows, entry, out):
@@ -270,23 +271,20 @@ def draw_grid(group, rows, entry, out, x="global_step", name=""):
     figure, axes = plt.subplots(
         len(lines), len(columns), figsize=(2.6 * len(columns), 2.2 * len(lines) + 0.3), layout="constrained",
         sharex=x == "global_step", sharey="col", squeeze=False)
-    counts = set()
+    counts, drawn = set(), {}                               # drawn: {curve: its line}; a panel may lack some
     for i, line in enumerate(lines):
         for j, column in enumerate(columns):
             for k, curve in enumerate(curves):
                 cell = [row for row in rows if [row[key] for key in keys] == [column, line, curve]]
                 if cell:
                     counts.add(len({row["seed"] for row in cell}))
-                    draw_curves(axes[i][j], cell, x, label=curve, color=f"C{k}")
-            axes[i][j].xaxis.set_major_locator(MaxNLocator(4))
+                    drawn[curve] = draw_curves(axes[i][j], cell, x, label=curve, color=f"C{k}")
+            axes[i][j].xaxis.set_major_locator(MaxNLocator(4))          # of more the last may be cut off
             if x == "global_step":                          # 100k beside 125k: zeros would collide
                 axes[i][j].xaxis.set_major_formatter(EngFormatter(sep=""))
             axes[i][j].set_title(f"{column}, {line}", fontsize=8)
-    known = {}                                              # a panel may lack a curve that another has
-    for axis in axes.flat:
-        known |= {label: line for line, label in zip(*axis.get_legend_handles_labels())}
-    axes[0][0].legend([known[curve] for curve in curves], curves)
-    seeds = " to ".join(dict.fromkeys((str(min(counts)), str(max(counts)))))
+    axes[0][0].legend([drawn[curve] for curve in curves], curves)
+    seeds = " to ".join(str(n) for n in sorted({min(counts), max(counts)}))
     figure.supxlabel(x.replace("global_step", "environment steps"), fontsize=8)
     figure.supylabel(f"{MEASURES[entry['measure']][1]}\n(n = {seeds}: mean, range)", fontsize=8)
     save(figure, out / (group + name))

@@ -183,19 +183,19 @@ def draw_families(curves, out, columns=4):
     for row in curves:
         family, level = family_and_level(row["task"])
         families.setdefault(family, {}).setdefault(level, []).append(row | {"value": row["return"]})
-    lines = -(-len(families) // columns)
+    lines, drawn = -(-len(families) // columns), {}         # drawn: {level: its line}; a panel may lack some
     figure, axes = plt.subplots(
         lines, columns, figsize=(2.4 * columns, 1.7 * lines), layout="constrained", squeeze=False)
     for axis in axes.flat[len(families):]:
         axis.axis("off")
     for axis, (family, levels) in zip(axes.flat, families.items()):
         for level, rows in levels.items():
-            draw_curves(axis, rows, "global_step", label=level, color=LEVELS[level])
+            drawn[level] = draw_curves(axis, rows, "global_step", label=level, color=LEVELS[level])
         axis.set_title(family, fontsize=8)
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes[0][0].legend()
+    axes[0][0].legend(drawn.values(), drawn)
     figure.supxlabel("environment steps", fontsize=8)
-    figure.supylabel("return without exploring, mean and range of the seeds", fontsize=8)
+    figure.supylabel("return without exploring,\nmean and range of the seeds", fontsize=8)
     save(figure, out / f"{SUITE}-curves")
 
 

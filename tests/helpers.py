@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import safetensors.torch
 import torch
+from matplotlib.image import imread
 from torch.utils import _pytree as pytree
 
 from envs.vector import make_envs
@@ -128,3 +129,10 @@ def assert_caught(tmp_path, capsys, script, tag="debug/first_logratio", **change
     rows, _ = run(tmp_path, script, **changes)
     assert max(column(rows, tag)) > 1e-3
     assert "the policy in training is not the one that acted" in "".join(capsys.readouterr())
+
+
+def cut(png):
+    """Whether something is drawn up to the edge of a figure, as a label is that is longer than its side."""
+    dark = (imread(png)[..., :3] < 0.9).any(-1)             # [height, width]
+    edge = 3                                                # pixels: one or two may fall between letters
+    return any(side.any() for side in (dark[:edge], dark[-edge:], dark[:, :edge], dark[:, -edge:]))

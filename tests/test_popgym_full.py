@@ -13,6 +13,7 @@ import ppo_recurrent_sbb
 import ppo_recurrent_tbb
 from models.flags import parse
 from tests.conftest import ROOT
+from tests.helpers import cut
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 import pages  # noqa: E402
@@ -68,6 +69,22 @@ def test_a_row_has_the_greatest_mean_of_training_and_the_last_evaluation(tmp_pat
         "digest": digest(argv_of(SUITE["popgym-full__RepeatFirst__Hard__best"], 3))}]
     assert [(row["global_step"], row["return"]) for row in rows_of(out / "popgym-full-curves.csv")] == [
         ("200", "0.5000"), ("3014656", "0.6000")]
+
+
+def test_the_legend_has_every_level_and_no_label_is_cut_off(tmp_path, make, monkeypatch):
+    """The first panel, which has the legend, is of a family with one level here."""
+    for task in ("Autoencode__Hard", "RepeatFirst__Easy"):
+        write_run(tmp_path / f"runs/popgym-full__{task}__best__1")
+    assert not [png.name for png in make().glob("*.png") if cut(png)]
+    legends = {}
+
+    def look(figure, path):
+        legend = figure.axes[0].get_legend()
+        legends[path.name] = legend and [text.get_text() for text in legend.get_texts()]
+
+    monkeypatch.setattr(popgym_full, "save", look)
+    make()
+    assert legends["popgym-full-curves"] == ["Hard", "Easy"]
 
 
 def test_the_million_of_a_memory_is_not_the_best_recipe_and_has_no_curve(tmp_path, make):
